@@ -1,0 +1,108 @@
+"""LoRA (Hu et al. 2022): y = x W + s ((x A) * m) B, with one mask entry per rank component."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.adapters.base import Array, key_for, matmul
+from jaxprune.errors import UsageError
+from jaxprune.sites import Site
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
+@dataclass(frozen=True)
+class Lora:
+    """Hold the factors of one site.
+
+    Attributes:
+      a: (d_in, r), or (layers, d_in, r) for a stacked kernel.
+      b: (r, d_out), or (layers, r, d_out).
+      scale: s = alpha / r, fixed when the site is planned and kept when ranks shrink.
+      dropout: rate of the dropout on the adapter's input.
+    """
+
+    a: Array
+    b: Array
+    scale: float
+    dropout: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
+        """Return x W + s ((dropout(x) A) * m) B."""
+        base_NxO = matmul(x_NxI, kernel_IxO)
+        if key is not None and self.dropout > 0.0:
+            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x_NxI.shape)
+            x_NxI = jnp.where(keep, x_NxI / (1.0 - self.dropout), 0).astype(x_NxI.dtype)
+        z_NxR = matmul(x_NxI, self.a) * self._gate(mask).astype(x_NxI.dtype)
+        return base_NxO + matmul(z_NxR, self.b)
+
+    def merge(self, kernel: Array, mask: Array | None) -> Array:
+        """Return W + s (A * m) B."""
+        return (kernel.astype(jnp.float32) + self.delta(mask)).astype(kernel.dtype)
+
+    def delta(self, mask: Array | None) -> Array:
+        """Return s (A * m) B in float32, shaped as the kernel."""
+        a = self.a.astype(jnp.float32) * self._gate(mask)[..., None, :]
+        return jnp.matmul(a, self.b.astype(jnp.float32))
+
+    def count(self, mask: Array | None) -> int:
+        """Count (d_in + d_out) for every live component."""
+        live = int(jnp.sum(mask)) if mask is not None else math.prod(self.a.shape[:-2]) * self.rank
+        return live * (self.a.shape[-2] + self.b.shape[-1])
+
+    def _gate(self, mask: Array | None) -> Array:
+        return jnp.full((self.rank,), self.scale, jnp.float32) if mask is None else self.scale * mask
+
+
+def init_lora(
+    key: Array,
+    sites: Sequence[Site],
+    ranks: Mapping[str, int],
+    *,
+    alpha: float | None = None,
+    scale: float = 2.0,
+    dropout: float = 0.0,
+) -> tuple[dict[str, Lora], dict[str, Array]]:
+    """Create the LoRA adapters of a plan: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0, masks of ones.
+
+    Args:
+      key: random key; every site draws from a key of its own, derived from its path.
+      sites: the sites of the model.
+      ranks: {site path: rank} (`plan.ranks`); a site of rank 0, or absent, gets no adapter.
+      alpha: where given, s = alpha / rank at each site; otherwise s = `scale` everywhere.
+      scale: the factor s; 2 is the usual alpha = 2 r.
+      dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a rank is negative, every rank is 0, or a path of `ranks` is not a site.
+
+    Returns:
+      (adapters, masks), both keyed by site path.
+    """
+    unknown = sorted(set(ranks) - {site.path for site in sites})
+    if unknown:
+        raise UsageError(f"ranks name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites' paths")
+    if any(rank < 0 for rank in ranks.values()):
+        raise UsageError(f"ranks must be 0 or more, got {min(ranks.values())}")
+    adapters, masks = {}, {}
+    for site in sites:
+        rank = ranks.get(site.path, 0)
+        if rank == 0:
+            continue
+        bound = 1.0 / math.sqrt(site.d_in)
+        a = jax.random.uniform(key_for(key, site.path), (*site.stack, site.d_in, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*site.stack, rank, site.d_out), jnp.float32)
+        adapters[site.path] = Lora(a, b, scale if alpha is None else alpha / rank, dropout)
+        masks[site.path] = jnp.ones((*site.stack, rank), jnp.float32)
+    if not adapters:
+        raise UsageError("every rank of the plan is 0, so there is nothing to train; raise the budget or the rank")
+    return adapters, masks

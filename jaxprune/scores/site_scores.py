@@ -1,0 +1,84 @@
+"""Scores of sites: how much each kernel matters to the loss, measured before any adapter exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.errors import UsageError, nearest
+from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
+from jaxprune.sites import Site, flatten
+
+SCORES = ("absolute", "squared", "weight", "activation", "top10")
+_REDUCE = {"absolute": mean_absolute, "squared": mean_squared, "top10": mean_top10, "activation": None}
+
+
+def site_scores(
+    kind: str,
+    forward: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    params: Mapping[str, Any],
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    *,
+    per_sample: bool = False,
+) -> dict[str, float]:
+    """Score every site on a few batches, in one jitted backward pass a batch.
+
+    With G the gradient of the mean loss with respect to the site's kernel W and mean(.) over its entries:
+
+    | kind | score |
+    | --- | --- |
+    | `absolute` | mean \\|G\\| (DPLoRA eq. 1) |
+    | `squared` | mean G^2 (with `per_sample`, the diagonal Fisher information of DPLoRA's released code) |
+    | `top10` | mean of the largest tenth of \\|G\\| |
+    | `activation` | mean \\|x W\\| over the tokens computed |
+    | `weight` | mean \\|W\\|; needs no batches |
+
+    Memory: no dense gradient outlives its site's turn in the backward pass. A kernel used more than once in a forward
+    pass is measured once for each use by `attach`, once for the sum by `attach_function`.
+
+    Args:
+      kind: one of the table's.
+      forward: `forward(params, adapters, masks, *inputs, ...)` from `attach` or `attach_function`.
+      loss_fn: `loss_fn(apply, batch, key) -> loss` or `(loss, aux)`, with `apply(*inputs, ...)` the adapted model and
+        key None: nothing is dropped while measuring.
+      params: nested dict of arrays.
+      sites: the sites to score.
+      batches: pytrees as `loss_fn` takes them; with `per_sample`, each leaf has one more leading axis, over samples.
+      per_sample: average the scores of single samples' gradients instead of scoring a batch's mean gradient.
+
+    Raises:
+      UsageError: unknown kind, or no batches.
+
+    Returns:
+      {site path: score}, averaged over batches (and over the layers of a stacked site).
+
+    Source: DPLoRA, section 3.1 and Tables 16 and 17.
+    """
+    if kind not in SCORES:
+        raise UsageError(f"score {kind!r} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(kind, SCORES, 1)}")
+    if kind == "weight":
+        flat = flatten(params)
+        return {s.path: float(jnp.mean(jnp.abs(flat[f"{s.path}/kernel"].astype(jnp.float32)))) for s in sites}
+    probes = taps(sites, _REDUCE[kind])
+
+    def loss(probes, params, batch):
+        value = loss_fn(lambda *inputs, **kw: forward(params, probes, {}, *inputs, **kw), batch, None)
+        return value[0] if isinstance(value, tuple) else value
+
+    @jax.jit
+    def measure(params, batch):
+        one = lambda sample: jax.grad(loss)(probes, params, sample)  # noqa: E731
+        measured = jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, batch)) if per_sample else one(batch)
+        return {path: tap.tau.mean() for path, tap in measured.items()}
+
+    measured = [measure(params, batch) for batch in batches]
+    if not measured:
+        raise UsageError(f"score {kind!r} needs at least one batch and got none")
+    table = jax.device_get(measured)
+    return {site.path: float(np.mean([row[site.path] for row in table], dtype=np.float64)) for site in sites}
