@@ -1,0 +1,35 @@
+"""Low-rank adapters in JAX whose ranks are chosen by optimisation and pruned while they train."""
+
+from jaxprune.adapters import Lora as Lora
+from jaxprune.adapters import Weight as Weight
+from jaxprune.adapters import count as count
+from jaxprune.adapters import init_lora as init_lora
+from jaxprune.adapters import init_weights as init_weights
+from jaxprune.adapters import merge as merge
+from jaxprune.allocate import Plan as Plan
+from jaxprune.allocate import allocate as allocate
+from jaxprune.allocate import default_budget as default_budget
+from jaxprune.allocate import uniform_plan as uniform_plan
+from jaxprune.attach import attach as attach
+from jaxprune.attach import attach_function as attach_function
+from jaxprune.checkpoint import load_checkpoint as load_checkpoint
+from jaxprune.checkpoint import save_checkpoint as save_checkpoint
+from jaxprune.errors import UsageError as UsageError
+from jaxprune.methods import Context as Context
+from jaxprune.methods import Method as Method
+from jaxprune.methods import Start as Start
+from jaxprune.methods import bitfit as bitfit
+from jaxprune.methods import full as full
+from jaxprune.methods import lora as lora
+from jaxprune.methods import oplora as oplora
+from jaxprune.peft import load_peft as load_peft
+from jaxprune.peft import save_peft as save_peft
+from jaxprune.scores import site_scores as site_scores
+from jaxprune.sites import Site as Site
+from jaxprune.sites import find_sites as find_sites
+from jaxprune.train import NonFiniteError as NonFiniteError
+from jaxprune.train import TrainState as TrainState
+from jaxprune.train import fit as fit
+from jaxprune.train import init_state as init_state
+from jaxprune.train import make_predict as make_predict
+from jaxprune.train import make_step as make_step

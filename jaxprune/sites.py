@@ -13,6 +13,9 @@ from jaxprune.errors import UsageError, nearest
 # Output heads and poolers are small, task-specific and trained whole: `all-linear` leaves them out, as PEFT does.
 DEFAULT_EXCLUDE = r"(^|/)(head|classifier|pre_classifier|pooler|lm_head|score)(/|$)"
 
+# The order in which a transformer layer runs its kernels, so that tables and pictures read in that order; others follow.
+_ORDER = "query q_proj key k_proj value v_proj out o_proj out_proj fc1 gate_proj up_proj wi fc2 down_proj wo".split()
+
 
 @dataclass(frozen=True)
 class Site:
@@ -86,7 +89,7 @@ def find_sites(
       UsageError: a pattern matches no kernel; the message lists the nearest site names.
 
     Returns:
-      The sites in layer order, then path order.
+      The sites in layer order, within a layer in the order of a forward pass where the names tell it.
     """
     kernels = {p.removesuffix("/kernel"): v for p, v in flatten(params).items() if p.endswith("/kernel")}
     kernels = {p: v for p, v in kernels.items() if len(v.shape) >= 2}
@@ -113,7 +116,8 @@ def find_sites(
         parents, _, name = path.rpartition("/")
         number = re.search(r"\d+", parents)
         sites.append(Site(path, d_in, d_out, int(number[0]) if number else 0, name, tuple(stack)))
-    return tuple(sorted(sites, key=lambda s: (s.layer, _natural(s.path))))
+    place = {name: i for i, name in enumerate(_ORDER)}
+    return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
 
 
 def _require_match(pattern: str, matched: set[str], kernels: Mapping[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""From the command line to a dataclass and back to an exit status: every bad input is one line and status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jaxprune.errors import UsageError
+from jaxprune.train import NonFiniteError
+
+T = TypeVar("T")
+
+
+def parse(config: type[T], arguments: Sequence[str], program: str) -> T:
+    """Parse flags into `config`; tyro's boxed complaints become one `UsageError` line."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, args=list(arguments), prog=program)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """Fold a boxed message into one line: its first paragraph, and the flag it suggests."""
+    inner = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    paragraphs = re.split(r"\n─+\n", "\n".join(inner))
+    message = " ".join(paragraphs[0].split()) or "the command line could not be understood"
+    suggestions = re.findall(r"^(--[\w-]+)", "\n".join(p for p in paragraphs if "meant" in p), re.MULTILINE)
+    hint = f"; nearest known: {', '.join(dict.fromkeys(suggestions))}" if suggestions else ""
+    return f"{message}{hint}; --help lists every flag"
+
+
+def main(run: Callable[[Any], None], config: type, program: str) -> None:
+    """Parse, run, and exit: 0 on success, 2 on wrong input, 1 where training broke off, 130 on Ctrl-C."""
+    try:
+        run(parse(config, sys.argv[1:], program))
+    except UsageError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteError as error:
+        print(f"{program}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)

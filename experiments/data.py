@@ -1,0 +1,436 @@
+"""Task data: rows from a folder or the Hub, and their tokens as compact arrays, cached on disk.
+
+Whatever is wrong with a file is said in one line that names the file and the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.tasks import Task, get_task
+from jaxprune.errors import UsageError
+
+_VERSION = b"1"  # of the arrays below; a new one makes old cache files unreachable
+_FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hold the checked rows of one split.
+
+    Args:
+        texts: one list of n strings for each text column.
+        labels: `(n,)`, int32 or, for regression, float32.
+        source: the file, for messages.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, n: int | None) -> Rows:
+        """Return the first `n` rows; all of them for None."""
+        return self if n is None else Rows(tuple(column[:n] for column in self.texts), self.labels[:n], self.source)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Hold the tokens of n examples, end to end.
+
+    Args:
+        ids: int32 `(tokens,)`.
+        type_ids: int8 `(tokens,)`, 1 in the second text of a pair where the tokenizer says so.
+        offsets: int64 `(n + 1,)`; example i is `ids[offsets[i]:offsets[i + 1]]`.
+        labels: `(n,)`, int32 or, for regression, float32.
+    """
+
+    ids: np.ndarray
+    type_ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_task(
+    task: Task | str,
+    data_dir: str | os.PathLike[str] | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> dict[str, Rows]:
+    """Load and check every split of a task.
+
+    Args:
+        task: a task or its name.
+        data_dir: folder with `<task>/<split>.<format>`, `glue/<task>/<split>.<format>` or `<split>.<format>`, where the
+            format is parquet, jsonl, json, csv or tsv (all but parquet also with .gz); None downloads from the Hub.
+            The columns are those of the Hub. As in GLUE's own files, quotes mean nothing in tsv.
+        max_train_samples: keep only the first so many training rows.
+        max_eval_samples: keep only the first so many rows of each validation split.
+
+    Raises:
+        UsageError: anything missing or malformed; one line that names the file.
+
+    Returns:
+        split name -> rows, `train` first.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    for name, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
+    if task.hub is None:
+        if data_dir is not None:
+            raise UsageError(
+                f"{task.name} is built in and reads no files, got data_dir {str(data_dir)!r}; leave it out"
+            )
+        from experiments.grammar import generate
+
+        splits = generate()
+    elif data_dir is None:
+        splits = _from_hub(task)
+    else:
+        files = _split_files(task, Path(data_dir))
+        splits = {split: _check(task, _read_all(paths), str(paths[0])) for split, paths in files.items()}
+    return {s: splits[s].first(max_train_samples if s == "train" else max_eval_samples) for s in task.splits}
+
+
+def encode(
+    rows: Rows,
+    model_dir: str | os.PathLike[str],
+    max_length: int = 128,
+    cache_dir: str | os.PathLike[str] | None = "auto",
+) -> Encoded:
+    """Tokenize rows with a model folder's fast tokenizer, exactly as `transformers.AutoTokenizer` does.
+
+    Pairs are cut to `max_length` by shortening the longer text first.
+
+    Args:
+        rows: what `load_task` returns for one split.
+        model_dir: folder with `tokenizer.json`.
+        max_length: most tokens of an example, special tokens included.
+        cache_dir: where to keep the arrays; None keeps none, "auto" means `jaxprune/tokens` in `$XDG_CACHE_HOME` or
+            `~/.cache`. A damaged file there is made anew.
+
+    Raises:
+        UsageError: there is no usable `tokenizer.json`, or `max_length` leaves no room for text.
+    """
+    path = Path(model_dir) / "tokenizer.json"
+    try:
+        definition = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"no tokenizer.json in {str(model_dir)!r} ({error.strerror}); expected a model folder "
+            "with a fast tokenizer, as AutoTokenizer.save_pretrained writes it"
+        ) from error
+    side = _truncation_side(path.with_name("tokenizer_config.json"))
+    if cache_dir is None:
+        return _tokenize(rows, path, definition, max_length, side)
+    if cache_dir == "auto":
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxprune" / "tokens"
+    cached = Path(cache_dir) / f"{_key(rows, definition, max_length, side)}.npz"
+    encoded = _read_cache(cached)
+    if encoded is None:
+        encoded = _tokenize(rows, path, definition, max_length, side)
+        _write_cache(cached, encoded)
+    return encoded
+
+
+# Files
+
+
+def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:
+    """Return the file, or the shards, of each split."""
+    if not folder.is_dir():
+        raise UsageError(f"data_dir {str(folder)!r} is not a folder; expected one that holds {task.name}/train.parquet")
+    nested = [folder / task.name, folder / "glue" / task.name, folder]
+    for candidate in nested:
+        found = {split: _find(candidate, split) for split in task.splits}
+        if any(found.values()):
+            missing = [split for split, paths in found.items() if not paths]
+            if missing:
+                raise UsageError(
+                    f"no file for split {missing[0]!r} of {task.name} in {str(candidate)!r}; "
+                    f"expected {missing[0]}.parquet (or {', '.join(_FORMATS[1:5])}, .gz)"
+                )
+            return found
+    raise UsageError(
+        f"no data of task {task.name!r} under {str(folder)!r}; expected {task.name}/train.parquet or "
+        f"train.parquet in it (or {', '.join(_FORMATS[1:5])}, .gz)"
+    )
+
+
+def _find(folder: Path, split: str) -> list[Path]:
+    """Return `<split>.<format>`, or the Hub's `<split>-00000-of-00001.<format>`, all of them."""
+    if not folder.is_dir():
+        return []
+    whole = [path for path in (folder / f"{split}{ending}" for ending in _FORMATS) if path.is_file()]
+    if len(whole) > 1:
+        raise UsageError(
+            f"both {whole[0].name} and {whole[1].name} lie in {str(folder)!r}; keep one file for {split!r}"
+        )
+    if whole:
+        return whole
+    pattern = re.compile(rf"{re.escape(split)}-\d+-of-(\d+)({'|'.join(map(re.escape, _FORMATS))})")
+    shards = [(path, match) for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))]
+    if shards and len(shards) != int(shards[0][1][1]):
+        raise UsageError(f"{len(shards)} of {int(shards[0][1][1])} files {split}-* in {str(folder)!r}; get the others")
+    return [path for path, _ in shards]
+
+
+def _read_all(paths: list[Path]) -> dict[str, list[Any]]:
+    """Return column name -> values of a file and its further shards."""
+    tables = [_read(path) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        if set(table) != set(tables[0]):
+            raise UsageError(f"{path}: columns {_names(table)} differ from {_names(tables[0])} in {paths[0].name}")
+    return {name: [value for table in tables for value in table[name]] for name in tables[0]}
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    """Return column name -> values; whatever is wrong with the file becomes one line."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                return pyarrow.parquet.ParquetFile(path).read().to_pydict()
+            except pyarrow.ArrowException as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(f"{path}: not a readable parquet file ({reason}); get it again") from error
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
+    ending = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    return _parse_json(path, text) if ending in ("json", "jsonl") else _parse_csv(path, text, ending == "tsv")
+
+
+def _parse_json(path: Path, text: str) -> dict[str, list[Any]]:
+    """Parse one object a line, or one list of objects."""
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    try:
+                        records.append(json.loads(line))
+                    except json.JSONDecodeError as error:
+                        raise UsageError(f"{path}: line {number} is not JSON ({error.msg}); mend that line") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not JSON ({error.msg} in line {error.lineno}); mend that line") from error
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UsageError(f"{path}: row {i} is {_short(record)}; expected an object of columns")
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parse_csv(path: Path, text: str, tabs: bool) -> dict[str, list[Any]]:
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    # StringIO without newline translation, so that line breaks inside quotes survive.
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=quoting, strict=not tabs
+    )
+    columns: list[list[str]] = []
+    names: list[str] = []
+    try:
+        for fields in reader:
+            if not names:
+                names, columns = fields, [[] for _ in fields]
+            elif fields:
+                if len(fields) != len(names):
+                    raise UsageError(
+                        f"{path}: line {reader.line_num} has {len(fields)} fields; expected {len(names)}: "
+                        f"{', '.join(names)}"
+                    )
+                for column, value in zip(columns, fields, strict=True):
+                    column.append(value)
+    except csv.Error as error:
+        raise UsageError(f"{path}: line {reader.line_num} cannot be parsed ({error}); mend that line") from error
+    return dict(zip(names, columns, strict=True))
+
+
+# The Hub
+
+
+def _from_hub(task: Task) -> dict[str, Rows]:
+    """Load from the Hub, or from what `datasets` has kept of it, without waiting through its retries when offline."""
+    import datasets
+    from datasets import config
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
+    was = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = offline, offline
+        loaded: Any = datasets.load_dataset(task.hub or "", task.name)
+    except Exception as error:  # whatever `datasets` raises, the user can only do the same about it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"cannot load {task.name!r} from the Hub dataset {task.hub} ({'offline: ' if offline else ''}{reason}); "
+            "go online once, or pass data_dir with the split files"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = was
+    missing = [split for split in task.splits if split not in loaded]
+    if missing:
+        raise UsageError(
+            f"the Hub dataset {task.hub} has no split {missing[0]!r} of {task.name}; it has {list(loaded)}"
+        )
+    tables = {split: {name: list(loaded[split][name]) for name in loaded[split].column_names} for split in task.splits}
+    return {split: _check(task, table, f"{task.hub}:{split}") for split, table in tables.items()}
+
+
+def _reachable(endpoint: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
+
+
+# Rows
+
+
+def _check(task: Task, table: dict[str, list[Any]], source: str) -> Rows:
+    """Turn columns into rows, or say what is wrong with them."""
+    for name in (*task.texts, "label"):
+        if name not in table:
+            raise UsageError(
+                f"{source}: no column {name!r}; {task.name} needs {', '.join((*task.texts, 'label'))}, "
+                f"found {_names(table)}"
+            )
+    if not table["label"]:
+        raise UsageError(f"{source}: holds no rows; expected at least one")
+    for name in task.texts:
+        for i, text in enumerate(table[name]):
+            if not isinstance(text, str):
+                raise UsageError(f"{source}: {name} of row {i} is {_short(text)}; expected a string")
+    expected = "a finite number" if task.regression else f"an integer from 0 to {task.num_labels - 1}"
+    labels = np.empty(len(table["label"]), np.float64)
+    for i, label in enumerate(table["label"]):
+        try:
+            labels[i] = float(label)
+        except (TypeError, ValueError):
+            labels[i] = np.nan
+        x = labels[i]
+        if not (np.isfinite(x) and (task.regression or (x == int(x) and 0 <= x < task.num_labels))):
+            raise UsageError(f"{source}: label of row {i} is {_short(label)}; {task.name} expects {expected}")
+    return Rows(tuple(table[name] for name in task.texts), labels.astype(_label_type(task)), source)
+
+
+def _label_type(task: Task) -> type:
+    return np.float32 if task.regression else np.int32
+
+
+def _names(table: dict[str, list[Any]]) -> str:
+    return ", ".join(table) if table else "(none)"
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+# Tokens
+
+
+def _tokenize(rows: Rows, path: Path, definition: bytes, max_length: int, side: str) -> Encoded:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(definition.decode())
+    except Exception as error:  # the library raises plain Exception
+        raise UsageError(
+            f"{path}: not a tokenizer ({str(error).splitlines()[0]}); get the model folder again"
+        ) from error
+    special = tokenizer.num_special_tokens_to_add(len(rows.texts) == 2)
+    if max_length <= special + 1:
+        raise UsageError(
+            f"max_length is {max_length}; expected at least {special + 2}, as {special} tokens are special"
+        )
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
+    ids, type_ids, lengths = [], [], []
+    for start in range(0, len(rows), 4096):  # the library's own objects are large
+        columns = [column[start : start + 4096] for column in rows.texts]
+        for e in tokenizer.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))):
+            ids.append(np.array(e.ids, np.int32))
+            type_ids.append(np.array(e.type_ids, np.int8))
+            lengths.append(len(ids[-1]))
+    return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.append(0, np.cumsum(lengths)), rows.labels)
+
+
+def _truncation_side(config: Path) -> str:
+    """Return from which end the model folder wants texts cut."""
+    try:
+        return json.loads(config.read_text("utf-8")).get("truncation_side", "right")
+    except FileNotFoundError:
+        return "right"
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{config}: not a readable JSON object ({error}); get the model folder again") from error
+
+
+def _key(rows: Rows, definition: bytes, max_length: int, side: str) -> str:
+    settings = (max_length, side, len(rows.texts), len(rows), rows.labels.dtype.str)
+    digest = hashlib.sha256(_VERSION + str(settings).encode())
+    digest.update(hashlib.sha256(definition).digest())
+    digest.update(rows.labels.tobytes())
+    for column in rows.texts:
+        # JSON, as it marks where a text ends, and surrogates survive it.
+        digest.update(json.dumps(column).encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path) -> Encoded | None:
+    """Return the arrays, or None where the file is missing or damaged (zip members carry a checksum)."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            encoded = Encoded(**{name: arrays[name] for name in ("ids", "type_ids", "offsets", "labels")})
+    except Exception:  # of a damaged archive numpy, zipfile and zlib each raise their own
+        return None
+    tokens = encoded.offsets[-1] if len(encoded.offsets) == len(encoded) + 1 else -1
+    return encoded if tokens == len(encoded.ids) == len(encoded.type_ids) else None
+
+
+def _write_cache(path: Path, encoded: Encoded) -> None:
+    """Write beside the file and rename, so that no reader ever sees half of one."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez(file, ids=encoded.ids, type_ids=encoded.type_ids, offsets=encoded.offsets, labels=encoded.labels)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        warnings.warn(f"tokens are not kept for the next run: cannot write {path} ({error.strerror})", stacklevel=3)

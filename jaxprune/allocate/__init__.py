@@ -1,0 +1,21 @@
+"""Rank allocation: scores, costs and a budget in, an integer rank per site out. Numpy on the host, no JAX."""
+
+from jaxprune.allocate.bound import Relaxed, relax
+from jaxprune.allocate.knapsack import knapsack
+from jaxprune.allocate.problem import Problem, default_budget, rank_problem
+from jaxprune.allocate.result import Plan, uniform_plan
+from jaxprune.allocate.solve import SOLVERS, allocate, solve
+
+__all__ = [
+    "SOLVERS",
+    "Plan",
+    "Problem",
+    "Relaxed",
+    "allocate",
+    "default_budget",
+    "knapsack",
+    "rank_problem",
+    "relax",
+    "solve",
+    "uniform_plan",
+]

@@ -1,0 +1,101 @@
+"""A plan: an integer rank per site, with how it was found and how far from the best it can be."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxprune.allocate.problem import check_sites
+from jaxprune.errors import UsageError
+from jaxprune.sites import Site
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An integer rank per site.
+
+    Attributes:
+      ranks: site path -> rank, zeros included.
+      objective: what the plan is worth, in the unit of the scores; NaN where nothing was optimised.
+      status: a sentence on how the plan was found and whether it is proved best.
+      gap: (bound - objective) / |objective|, 0 when proved; no plan is worth more than the bound.
+      seconds: wall-clock time of solving, without the import of CVXPY.
+      solver: the solver that found it.
+      budget: adapter parameters that could be spent.
+      cost: adapter parameters that the plan takes.
+      sites: the sites, in the order they were given.
+      warnings: what was mended in the input, a sentence each.
+    """
+
+    ranks: dict[str, int]
+    objective: float
+    status: str
+    gap: float
+    seconds: float
+    solver: str
+    budget: int
+    cost: int
+    sites: tuple[Site, ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 100 columns.
+
+        Several sites of one type in one layer share a cell: `4+8`, or `sum 64` when there are more than two.
+        """
+        types = list(dict.fromkeys(s.type for s in self.sites))
+        cells: dict[tuple[int, str], list[int]] = defaultdict(list)
+        params: dict[int, int] = defaultdict(int)
+        for site in self.sites:
+            cells[site.layer, site.type].append(self.ranks[site.path])
+            params[site.layer] += site.cost(self.ranks[site.path])
+        layers = sorted(params)
+        head = ["layer", *types, "ranks", "parameters"]
+        body = [
+            [str(n), *(_cell(cells[n, t]) for t in types), _dot(sum(sum(cells[n, t]) for t in types)), _dot(params[n])]
+            for n in layers
+        ]
+        sums = [sum(sum(cells[n, t]) for n in layers) for t in types]
+        foot = ["total", *map(_dot, sums), _dot(sum(sums)), _dot(sum(params.values()))]
+        lines: list[str] = []
+        for longest in range(max(3, *map(len, types)), 2, -1):  # shorten the type names only as far as the width asks
+            rows = [[head[0], *(t[:longest] for t in types), *head[-2:]], *body, foot]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+            lines = ["  ".join(text.rjust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
+            if len(lines[0]) <= WIDTH:
+                break
+        rule = "-" * len(lines[0])
+        adapted = [s for s in self.sites if self.ranks[s.path]]
+        summary = (
+            f"{len(adapted)} of {len(self.sites)} sites in {len({s.layer for s in adapted})} of {len(layers)} layers, "
+            f"{self.cost:,} of {self.budget:,} adapter parameters"
+        )
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], summary])
+
+
+def uniform_plan(sites: Sequence[Site], rank: int) -> Plan:
+    """Give every site the same rank: plain LoRA, and the yardstick of an optimised plan.
+
+    Raises:
+      UsageError: the rank is not a whole number, or negative.
+    """
+    sites = check_sites(sites)
+    if not isinstance(rank, int) or rank < 0:
+        raise UsageError(f"rank {rank!r} cannot be used: expected a whole number, 0 or more")
+    cost = sum(s.cost(rank) for s in sites)
+    status = f"Uniform: rank {rank} at each of {len(sites)} sites, nothing optimised."
+    return Plan({s.path: rank for s in sites}, math.nan, status, math.nan, 0.0, "uniform", cost, cost, sites)
+
+
+def _dot(number: int) -> str:
+    return f"{number:,}" if number else "."
+
+
+def _cell(ranks: list[int]) -> str:
+    if len(ranks) > 2:
+        return f"sum {sum(ranks)}" if any(ranks) else "."
+    return "+".join(map(str, ranks)) if any(ranks) else "."

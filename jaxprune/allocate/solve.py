@@ -1,0 +1,155 @@
+"""From a problem to a plan: pick the solver, check what it returns, say how good it is."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
+
+import numpy as np
+
+from jaxprune.allocate.bound import Relaxed, relax
+from jaxprune.allocate.knapsack import knapsack
+from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
+from jaxprune.allocate.problem import Problem, check_sites, default_budget, rank_problem
+from jaxprune.allocate.result import Plan
+from jaxprune.errors import UsageError, nearest
+from jaxprune.sites import Site
+
+KNAPSACK = "knapsack"
+SOLVERS = ("auto", *PACKAGES, KNAPSACK)
+AUTO = ("CBC", "HIGHS", "GLPK_MI")
+
+
+def allocate(
+    scores: Mapping[str, SupportsFloat] | Sequence[SupportsFloat] | np.ndarray,
+    sites: Sequence[Site],
+    budget: int | None = None,
+    *,
+    ranks: Sequence[int] = tuple(range(17)),
+    solver: str = "auto",
+    time_limit: float = 60.0,
+) -> Plan:
+    """Choose the rank of every site that gains most within a budget (OPLoRA: stage 1 of DPLoRA).
+
+        max sum_l I_l (1 - exp(-r_l / min(d_in, d_out)))   s.t.   sum_l r_l (d_in + d_out) <= budget,
+        and some r_l > 0 for each site type
+
+    The gain is almost linear in the rank, so the best plan is nearly all-or-nothing: expect the largest rank at some
+    sites, 0 at others and few in between.
+
+    Args:
+      scores: importance of each site: a mapping from path, or a sequence in the order of `sites`. Only ratios matter.
+      sites: the sites to plan.
+      budget: adapter parameters that may be spent; half of uniform rank 16 when None.
+      ranks: the ranks a site may take, 0 among them.
+      solver: `"CBC"`, `"GLPK_MI"` or `"HIGHS"`, mixed-integer solvers through CVXPY; `"knapsack"`, the dynamic
+        programme; or `"auto"`, the first installed of the mixed-integer solvers, fastest first.
+      time_limit: seconds; a plan not proved best by then is returned with its gap, and its status says so.
+
+    Raises:
+      UsageError: scores, ranks, budget or solver cannot be used; a budget too small names the smallest that is not.
+
+    Returns:
+      The plan. Of sites that cannot be told apart (same type, gains and costs) the first by (layer, path) has the
+      largest rank, whatever the solver.
+    """
+    sites = check_sites(sites)
+    return solve(
+        rank_problem(scores, sites, default_budget(sites) if budget is None else budget, ranks),
+        solver=solver,
+        time_limit=time_limit,
+    )
+
+
+def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
+    """Solve any rank problem; see `allocate` for the solvers, the errors and the ties."""
+    if not time_limit > 0:
+        raise UsageError(f"time_limit {time_limit!r} cannot be used: expected seconds, more than 0")
+    names, notes = _candidates(solver)
+    start = time.perf_counter()
+    relaxed = relax(problem)
+    while True:
+        name = names.pop(0)
+        answer = _run(problem, relaxed, name, start + time_limit)
+        if answer.proved or not names or time.perf_counter() - start >= 0.95 * time_limit:
+            break
+        notes.append(f"{name} {answer.fault or 'stopped early'}.")
+
+    choice = relaxed.choice
+    if answer.choice is not None and problem.worth(answer.choice) >= problem.worth(choice):
+        choice = answer.choice
+    worth = problem.worth(choice)
+    gap = 0.0 if answer.proved else max(0.0, min(relaxed.bound, answer.bound) - worth) / (abs(worth) or 1.0)
+    who = f"{name}, chosen by auto," if str(solver).lower() == "auto" else name
+    if answer.proved:
+        verdict = f"Optimal: {who} proved that no plan within the budget is worth more."
+    elif gap == 0:
+        verdict = (
+            f"Optimal: {who} {answer.fault or 'stopped'}, but the Lagrangian bound proves that no plan is worth more."
+        )
+    else:
+        source = "its best plan" if choice is answer.choice else "the plan of the Lagrangian relaxation"
+        verdict = (
+            f"Not proved optimal: {who} {answer.fault or 'stopped'} within the time limit of {time_limit:g} s, so this "
+            f"is {source}; no plan is worth over {100 * gap:.3g} % more."
+        )
+    choice = _in_order(problem, choice)
+    return Plan(
+        ranks={s.path: int(r) for s, r in zip(problem.sites, problem.ranks[choice], strict=True)},
+        objective=problem.scale * problem.worth(choice),
+        status=" ".join([verdict, *notes, *problem.warnings]),
+        gap=gap,
+        seconds=time.perf_counter() - start,
+        solver=name,
+        budget=problem.budget,
+        cost=problem.spent(choice),
+        sites=problem.sites,
+        warnings=problem.warnings,
+    )
+
+
+def _candidates(solver: str) -> tuple[list[str], list[str]]:
+    """List the solvers to try in order, and a sentence for each faster one that is not installed."""
+    asked = {name.lower(): name for name in SOLVERS}.get(str(solver).lower())
+    if asked is None:
+        raise UsageError(f"solver {solver!r} is not known; nearest names: {nearest(str(solver), SOLVERS)}")
+    if asked == KNAPSACK:
+        return [KNAPSACK], []
+    here = installed()
+    found = [name for name in (AUTO if asked == "auto" else [asked]) if name in here]
+    if not found:
+        packages = " or ".join(f"`pip install {PACKAGES[name]}`" for name in (AUTO if asked == "auto" else [asked]))
+        missing = "no mixed-integer solver is" if asked == "auto" else f"solver {asked} is not"
+        raise UsageError(f"{missing} installed; {packages}, or choose from what is: {', '.join([*here, KNAPSACK])}")
+    return found, [f"{name} is not installed." for name in AUTO[: AUTO.index(found[0])] if asked == "auto"]
+
+
+def _run(problem: Problem, relaxed: Relaxed, name: str, deadline: float) -> Answer:
+    """Run one solver; its plan is only believed after exact integers say that it meets every constraint."""
+    if name == KNAPSACK:
+        choice = knapsack(problem, deadline)
+        answer = Answer(choice, choice is not None, np.inf, "returned no plan" if choice is None else None)
+    else:
+        answer = milp(problem, relaxed, name, max(deadline - time.perf_counter(), 1e-3))
+    if answer.choice is None:
+        return answer
+    if fault := problem.fault(answer.choice):
+        return Answer(None, False, answer.bound, f"returned a plan that {fault}")
+    known = problem.worth(relaxed.choice)
+    if answer.proved and problem.worth(answer.choice) < known - 1e-12 * abs(known):
+        return Answer(None, False, np.inf, "returned a plan that is not the best")
+    return answer
+
+
+def _in_order(problem: Problem, choice: np.ndarray) -> np.ndarray:
+    """Give the larger ranks to the earlier, by (layer, path), of sites with the same type, values and costs."""
+    alike: dict[tuple[str, bytes, bytes], list[int]] = defaultdict(list)
+    for row, site in enumerate(problem.sites):
+        alike[site.type, problem.value[row].tobytes(), problem.cost[row].tobytes()].append(row)
+    choice = choice.copy()
+    for rows in alike.values():
+        rows.sort(key=lambda row: (problem.sites[row].layer, problem.sites[row].path))
+        choice[rows] = -np.sort(-choice[rows])
+    return choice

@@ -1,0 +1,23 @@
+"""LoRA with one rank for all sites (Hu et al. 2022): h = x W + s (x A) B, s = alpha / r."""
+
+from __future__ import annotations
+
+from jaxprune.adapters import init_lora
+from jaxprune.allocate import uniform_plan
+from jaxprune.methods.base import Context, Method, Start
+
+
+def lora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+    """Give every site the same rank.
+
+    Args:
+      rank: components at each site.
+      alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
+      dropout: rate of the dropout on the adapters' inputs.
+    """
+
+    def start(context: Context) -> Start:
+        plan = uniform_plan(context.sites, rank)
+        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+
+    return Method(start)

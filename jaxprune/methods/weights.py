@@ -1,0 +1,16 @@
+"""The two baselines that train the model's own parameters: full fine-tuning, and BitFit (Ben Zaken et al. 2022)."""
+
+from __future__ import annotations
+
+from jaxprune.adapters import init_weights
+from jaxprune.methods.base import Context, Method, Start
+
+
+def full() -> Method:
+    """Train every parameter."""
+    return Method(lambda context: Start(init_weights(context.params, ""), {}, None))
+
+
+def bitfit() -> Method:
+    """Train the bias of every layer and of every normalisation, and nothing else."""
+    return Method(lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None))

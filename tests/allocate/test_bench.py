@@ -1,0 +1,24 @@
+"""The benchmark command runs and reports what it measured."""
+
+import pytest
+
+from experiments import bench
+
+
+def test_allocate_prints_a_row_per_solver_and_shape(capsys, tmp_path):
+    table = tmp_path / "table.txt"
+    arguments = ["allocate", "--instances", "2", "--solvers", "HIGHS", "knapsack", "--output", str(table)]
+    assert bench.main(arguments) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert [row[:2] for row in rows] == [["72", "HIGHS"], ["72", "knapsack"], ["224", "HIGHS"], ["224", "knapsack"]]
+    assert all(row[5] == "2/2" and float(row[6]) <= 1e-9 for row in rows)
+    assert "HIGHS" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["alocate"], ["allocate", "--solvers", "Nope"], ["allocate", "--instances", "0"]]
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, capsys):
+    assert bench.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1

@@ -1,0 +1,363 @@
+"""Files of every format read alike, every mistake is one line, and tokens equal those of transformers."""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.data import Rows, encode, load_task
+from experiments.tasks import TASKS
+from jaxprune.errors import UsageError
+
+TRAIN = [
+    {"sentence1": 'A man, he said "no".', "sentence2": "Él dijo que sí.", "label": 1, "idx": 0},
+    {"sentence1": "It rains\u2028today", "sentence2": "", "label": 0, "idx": 1},
+    {"sentence1": " spaces  kept ", "sentence2": "last", "label": 1, "idx": 2},
+]
+VALIDATION = [{"sentence1": "one", "sentence2": "two", "label": 0, "idx": 0}]
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        return path
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as file:
+        if name.endswith(".jsonl"):
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        elif name.endswith(".json"):
+            json.dump(records, file)
+        elif name.endswith(".csv"):
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+        else:
+            file.write("\n".join("\t".join(map(str, line)) for line in (records[0], *(r.values() for r in records))))
+    return path
+
+
+def folder(root: Path, train=TRAIN, validation=VALIDATION, ending=".jsonl") -> Path:
+    write(root / f"train{ending}", train)
+    write(root / f"validation{ending}", validation)
+    return root
+
+
+@pytest.mark.parametrize(
+    "ending", [".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", "-00000-of-00001.parquet"]
+)
+def test_every_format_reads_alike(tmp_path, ending):
+    rows = load_task("rte", folder(tmp_path, ending=ending))
+    assert list(rows) == ["train", "validation"]
+    assert rows["train"].texts == ([r["sentence1"] for r in TRAIN], [r["sentence2"] for r in TRAIN])
+    assert rows["train"].labels.dtype == np.int32
+    np.testing.assert_array_equal(rows["train"].labels, [1, 0, 1])
+    assert len(rows["validation"]) == 1
+
+
+@pytest.mark.parametrize("nested", [".", "rte", "glue/rte"])
+def test_the_folder_may_be_nested(tmp_path, nested):
+    folder(tmp_path / nested)
+    assert len(load_task("rte", tmp_path)["train"]) == 3
+
+
+def test_shards_are_joined_in_order(tmp_path):
+    folder(tmp_path, ending="-00000-of-00002.jsonl")
+    write(tmp_path / "train-00001-of-00002.jsonl", VALIDATION)
+    with pytest.raises(UsageError, match=r"1 of 2 files validation-\*"):
+        load_task("rte", tmp_path)
+    write(tmp_path / "validation-00001-of-00002.jsonl", VALIDATION)
+    assert load_task("rte", tmp_path)["train"].texts[0] == [*(r["sentence1"] for r in TRAIN), "one"]
+
+
+def test_only_the_first_rows(tmp_path):
+    rows = load_task("rte", folder(tmp_path, validation=TRAIN), max_train_samples=2, max_eval_samples=1)
+    assert rows["train"].texts[0] == [r["sentence1"] for r in TRAIN[:2]] and len(rows["validation"]) == 1
+    with pytest.raises(UsageError, match="max_train_samples is 0"):
+        load_task("rte", tmp_path, max_train_samples=0)
+
+
+def test_regression_labels_are_real(tmp_path):
+    records = [{**TRAIN[0], "label": 3.8}, {**TRAIN[1], "label": "0.25"}]
+    labels = load_task("stsb", folder(tmp_path, train=records))["train"].labels
+    assert labels.dtype == np.float32
+    np.testing.assert_array_equal(labels, np.array([3.8, 0.25], np.float32))
+
+
+def test_the_built_in_task_needs_no_files(tmp_path):
+    rows = load_task("grammar", max_train_samples=100)
+    assert len(rows["train"]) == 100 and len(rows["validation"]) == 1000
+    with pytest.raises(UsageError, match="built in and reads no files"):
+        load_task("grammar", tmp_path)
+
+
+def fails(root: Path, message: str, task: str = "rte") -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_task(task, root)
+    assert "\n" not in str(caught.value)
+    assert str(root) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": None}, "label of row 1 is None; rte expects an integer from 0 to 1"),
+        ({"label": -1}, "label of row 1 is -1"),
+        ({"label": 2}, "label of row 1 is 2"),
+        ({"label": 0.5}, "label of row 1 is 0.5"),
+        ({"label": "entailment"}, "label of row 1 is 'entailment'"),
+        ({"label": float("nan")}, "label of row 1 is nan"),
+        ({"label": [1]}, r"label of row 1 is \[1\]"),
+        ({"sentence2": None}, "sentence2 of row 1 is None; expected a string"),
+        ({"sentence1": 7}, "sentence1 of row 1 is 7; expected a string"),
+    ],
+)
+def test_wrong_values(tmp_path, change, message):
+    fails(folder(tmp_path, train=[TRAIN[0], {**TRAIN[1], **change}]), rf"train\.jsonl: {message}")
+
+
+def test_regression_labels_are_finite(tmp_path):
+    fails(folder(tmp_path, train=[{**TRAIN[0], "label": float("inf")}]), "stsb expects a finite number", task="stsb")
+
+
+def test_missing_columns_list_what_there_is(tmp_path):
+    records = [{"sentence1": "a", "sentence2": "b", "gold": 1}]
+    fails(folder(tmp_path, train=records), "no column 'label'; rte needs .*, found sentence1, sentence2, gold")
+    fails(folder(tmp_path), "no column 'question'; qnli needs question, sentence, label, found sentence1", task="qnli")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+def test_empty_files(tmp_path, ending):
+    folder(tmp_path, ending=ending)
+    path = tmp_path / f"train{ending}"
+    (gzip.open if ending.endswith(".gz") else open)(path, "wb").close()
+    fails(tmp_path, rf"train{ending}: (no column|not a readable parquet file|not JSON|holds no rows)")
+
+
+def test_a_file_without_rows(tmp_path):
+    folder(tmp_path, ending=".csv")
+    (tmp_path / "train.csv").write_text("sentence1,sentence2,label\n")
+    fails(tmp_path, "holds no rows")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl.gz"])
+def test_truncated_files(tmp_path, ending):
+    folder(tmp_path, train=TRAIN * 50, ending=ending)
+    path = tmp_path / f"train{ending}"
+    path.write_bytes(path.read_bytes()[:-20])
+    fails(tmp_path, rf"train{ending}: .*get it again")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", b'{"sentence1": "a"}\n{"sentence1": \n', "line 2 is not JSON"),
+        ("train.jsonl", b"3\n", "row 0 is 3; expected an object"),
+        ("train.json", b'[{"sentence1": "a"},', "not JSON"),
+        ("train.csv", b"sentence1,sentence2,label\na,b,1\na,b\n", "line 3 has 2 fields; expected 3"),
+        ("train.csv", b'sentence1,sentence2,label\n"a"x,b,1\n', "line 2 cannot be parsed"),
+        ("train.tsv", b"sentence1\tsentence2\tlabel\na\tb\t1\tc\n", "line 2 has 4 fields; expected 3"),
+        ("train.tsv", b"sentence1\tsentence2\tlabel\n\xff\tb\t1\n", "not UTF-8 text"),
+    ],
+)
+def test_malformed_files(tmp_path, name, content, message):
+    folder(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / name).write_bytes(content)
+    fails(tmp_path, rf"{name}: .*{message}")
+
+
+def test_missing_files(tmp_path):
+    fails(tmp_path / "nowhere", "is not a folder")
+    fails(tmp_path, "no data of task 'rte'")
+    (folder(tmp_path) / "validation.jsonl").unlink()
+    fails(tmp_path, "no file for split 'validation' of rte")
+    folder(tmp_path)
+    write(tmp_path / "train.csv", TRAIN)
+    fails(tmp_path, "both train.jsonl and train.csv")
+
+
+def test_offline_the_hub_fails_at_once(monkeypatch):
+    import datasets
+    from datasets import config
+    from huggingface_hub import constants
+
+    called = []
+
+    def load_dataset(*arguments):
+        called.append((arguments, constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE))
+        raise ConnectionError("Couldn't reach it\nand more")
+
+    monkeypatch.setattr(data, "_reachable", lambda endpoint: False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    before = constants.HF_HUB_OFFLINE
+    with pytest.raises(UsageError, match="cannot load 'rte' .*offline: Couldn't reach it.*pass data_dir") as caught:
+        load_task("rte")
+    assert called == [(("nyu-mll/glue", "rte"), True, True)] and "\n" not in str(caught.value)
+    assert constants.HF_HUB_OFFLINE == before
+
+
+def test_the_hub_is_checked_like_a_file(monkeypatch):
+    import datasets
+
+    loaded = {split: datasets.Dataset.from_list(TRAIN) for split in ("train", "validation")}
+    monkeypatch.setattr(data, "_reachable", lambda endpoint: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: loaded)
+    assert load_task("rte")["validation"].texts[0] == [r["sentence1"] for r in TRAIN]
+    loaded["train"] = datasets.Dataset.from_list([{**TRAIN[0], "label": -1}])
+    with pytest.raises(UsageError, match="nyu-mll/glue:train: label of row 0 is -1"):
+        load_task("rte")
+    del loaded["validation"]
+    with pytest.raises(UsageError, match="no split 'validation'"):
+        load_task("rte")
+
+
+def test_an_address_that_does_not_answer():
+    assert not data._reachable("http://127.0.0.1:9")
+
+
+# Tokens
+
+
+AWKWARD = [
+    "Plain words.",
+    "",
+    " \t\n ",
+    "Ünïcödé, naïve café — “quotes” … 東京 emoji 🙂 \u200b\ufeff",
+    "don't [SEP] [MASK] <s> </s> 3.14159 $1,000",
+    "supercalifragilisticexpialidocious " * 9,
+    "word " * 300,
+]
+
+
+def pairs_of(texts):
+    return Rows(
+        ([a for a in texts for _ in texts], [b for _ in texts for b in texts]),
+        np.zeros(len(texts) ** 2, np.int32),
+        "test",
+    )
+
+
+def assert_equals_transformers(rows: Rows, model_dir, max_length: int) -> None:
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(model_dir)(
+        *rows.texts, truncation=True, max_length=max_length, return_token_type_ids=True
+    )
+    encoded = encode(rows, model_dir, max_length, cache_dir=None)
+    assert encoded.ids.dtype == np.int32 and encoded.offsets.dtype == np.int64
+    np.testing.assert_array_equal(np.diff(encoded.offsets), [len(ids) for ids in expected["input_ids"]])
+    np.testing.assert_array_equal(encoded.ids, np.concatenate(expected["input_ids"]))
+    np.testing.assert_array_equal(encoded.type_ids, np.concatenate(expected["token_type_ids"]))
+    np.testing.assert_array_equal(encoded.labels, rows.labels)
+
+
+@pytest.mark.parametrize("max_length", [6, 16, 128])
+def test_tokens_equal_transformers(bert_like, roberta_like, max_length):
+    for model_dir in (bert_like, roberta_like):
+        assert_equals_transformers(pairs_of(AWKWARD), model_dir, max_length)
+        assert_equals_transformers(Rows((AWKWARD,), np.arange(len(AWKWARD)), "test"), model_dir, max_length)
+
+
+def test_truncation_side_of_the_model_folder(bert_like):
+    config = bert_like / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "truncation_side": "left"}))
+    assert_equals_transformers(pairs_of(AWKWARD), bert_like, 12)
+
+
+def test_minilm_equals_transformers(minilm):
+    for max_length in (7, 64):
+        assert_equals_transformers(pairs_of(AWKWARD), minilm, max_length)
+
+
+@pytest.mark.skipif("JAXPRUNE_DATA" not in os.environ, reason="needs the real data in JAXPRUNE_DATA")
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
+def test_real_data_equals_transformers(task, minilm):
+    for rows in load_task(task, os.environ["JAXPRUNE_DATA"], max_train_samples=300, max_eval_samples=300).values():
+        assert_equals_transformers(rows, minilm, 48)
+
+
+@pytest.fixture
+def rows():
+    return Rows((["one two", "three"], ["four", "five six seven"]), np.array([0, 1], np.int32), "test")
+
+
+def equal(one, other) -> bool:
+    return all(np.array_equal(getattr(one, k), getattr(other, k)) for k in ("ids", "type_ids", "offsets", "labels"))
+
+
+def test_cache_spares_the_tokenizer(rows, bert_like, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    first = encode(rows, bert_like, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(data, "_tokenize", None)
+    assert equal(encode(rows, bert_like, cache_dir=cache), first)
+
+
+def test_cache_knows_what_it_depends_on(rows, bert_like, roberta_like, tmp_path):
+    cache = tmp_path / "cache"
+    moved = Rows((["one", "two three"], rows.texts[1]), rows.labels, "test")
+    joined = Rows((["one two", "three", "four", "five six seven"],), np.array([0, 1, 0, 1], np.int32), "test")
+    relabelled = Rows(rows.texts, rows.labels[::-1], "test")
+    cases = [(rows, bert_like, 128), (rows, bert_like, 6), (rows, roberta_like, 128)]
+    cases += [(other, bert_like, 128) for other in (moved, joined, relabelled)]
+    for count, case in enumerate(cases, 1):
+        assert equal(encode(*case, cache_dir=cache), encode(*case, cache_dir=None))
+        assert len(list(cache.iterdir())) == count
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_damaged_cache_is_made_anew(rows, bert_like, tmp_path, damage):
+    good = encode(rows, bert_like, cache_dir=tmp_path)
+    (path,) = tmp_path.glob("*.npz")
+    whole = path.read_bytes()
+    if damage == "other":
+        np.savez(path, ids=good.ids)
+    else:
+        middle = whole.index(good.ids.tobytes())
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        path.write_bytes({"truncated": whole[:-30], "flipped": flipped, "empty": b""}[damage])
+    assert equal(encode(rows, bert_like, cache_dir=tmp_path), good)
+    with np.load(path) as arrays:  # and it is whole again
+        np.testing.assert_array_equal(arrays["ids"], good.ids)
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_warning(rows, bert_like, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="tokens are not kept"):
+        encoded = encode(rows, bert_like, cache_dir=tmp_path / "file" / "cache")
+    assert equal(encoded, encode(rows, bert_like, cache_dir=None))
+
+
+def test_the_default_cache_is_the_users(rows, bert_like, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encode(rows, bert_like)
+    assert len(list((tmp_path / "jaxprune" / "tokens").glob("*.npz"))) == 1
+
+
+def test_no_cache_writes_nothing(rows, bert_like, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_write_cache", None)
+    encode(rows, bert_like, cache_dir=None)
+
+
+def test_model_folder_without_tokenizer(rows, tmp_path):
+    with pytest.raises(UsageError, match=r"no tokenizer\.json in"):
+        encode(rows, tmp_path, cache_dir=None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizer"):
+        encode(rows, tmp_path, cache_dir=None)
+
+
+def test_max_length_without_room(rows, bert_like, roberta_like):
+    with pytest.raises(UsageError, match="max_length is 4; expected at least 5, as 3 tokens are special"):
+        encode(rows, bert_like, 4, cache_dir=None)
+    with pytest.raises(UsageError, match="expected at least 6"):
+        encode(rows, roberta_like, 5, cache_dir=None)

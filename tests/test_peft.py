@@ -1,0 +1,464 @@
+import json
+import shutil
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxprune.adapters import Lora, Weight
+from jaxprune.errors import UsageError
+from jaxprune.peft import load_peft, save_peft
+from jaxprune.sites import Site
+
+RNG = np.random.default_rng(0)
+SHAPES = {"query": (16, 16), "value": (16, 16), "fc1": (16, 32), "fc2": (32, 16)}
+SITES = tuple(Site(f"encoder/layer_{i}/{name}", *shape, i, name) for i in range(12) for name, shape in SHAPES.items())
+HEAD = {"head/dense/kernel": (16, 16), "head/dense/bias": (16,), "head/out/kernel": (16, 3), "head/out/bias": (3,)}
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def lora(site, rank, scale=2.0):
+    return Lora(normal(*site.stack, site.d_in, rank), normal(*site.stack, rank, site.d_out), scale, 0.1)
+
+
+def product(adapter, mask):
+    """s (A * m) B in float64."""
+    a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
+    return adapter.scale * (a * np.asarray(mask, np.float64)[..., None, :]) @ b
+
+
+def heads():
+    return {path: Weight(normal(*shape)) for path, shape in HEAD.items()}
+
+
+def mixed(sites, ranks=(0, 1, 3, 8)):
+    """Adapters of different ranks and scales; every second one has dead components, some have no live one."""
+    adapters, masks = {}, {}
+    for i, site in enumerate(sites):
+        rank = ranks[i % len(ranks)]
+        if rank:
+            adapters[site.path] = lora(site, rank, 0.5 + i % 3)
+            masks[site.path] = jnp.asarray(RNG.random(rank) < 0.5 if i % 2 else np.ones(rank), jnp.float32)
+    masks[SITES[-1].path] = jnp.zeros_like(masks[SITES[-1].path]) if SITES[-1].path in masks else None
+    return adapters, {path: mask for path, mask in masks.items() if mask is not None}
+
+
+def test_round_trip_keeps_every_product_and_drops_dead_components(tmp_path):
+    adapters, masks = mixed(SITES)
+    save_peft({**adapters, **heads()}, masks, tmp_path / "adapter")
+    back, back_masks = load_peft(tmp_path / "adapter", SITES)
+    live = {path: int(mask.sum()) for path, mask in masks.items() if mask.sum()}
+    assert len(live) < len(adapters)
+    assert {path: a.rank for path, a in back.items() if isinstance(a, Lora)} == live
+    for path in live:
+        expected = product(adapters[path], masks[path])
+        np.testing.assert_allclose(product(back[path], back_masks[path]), expected, rtol=0, atol=1e-5)
+        assert back[path].dropout == 0.1
+
+
+def test_files_follow_the_format(tmp_path):
+    site = SITES[2]
+    adapter, mask, head = lora(site, 4, 3.0), jnp.array([1.0, 0.0, 0.0, 1.0]), heads()
+    save_peft({site.path: adapter, **head}, {site.path: mask}, tmp_path / "a", base_model="some/model")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 2
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"encoder.layer_0.fc1": 2}
+    assert config["target_modules"] == ["encoder.layer_0.fc1"]
+    assert config["modules_to_save"] == ["head"]
+    assert config["base_model_name_or_path"] == "some/model"
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    prefix = "base_model.model."
+    assert {key: value.shape for key, value in tensors.items()} == {
+        prefix + "encoder.layer_0.fc1.lora_A.weight": (2, 16),
+        prefix + "encoder.layer_0.fc1.lora_B.weight": (32, 2),
+        prefix + "head.dense.weight": (16, 16),
+        prefix + "head.dense.bias": (16,),
+        prefix + "head.out.weight": (3, 16),
+        prefix + "head.out.bias": (3,),
+    }
+    a, b = (tensors[f"{prefix}encoder.layer_0.fc1.lora_{x}.weight"] for x in "AB")
+    np.testing.assert_allclose(b @ a, product(adapter, mask).T, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(tensors[prefix + "head.out.weight"], np.asarray(head["head/out/kernel"].value).T)
+
+
+def test_paths_that_end_in_another_path_keep_their_own_rank(tmp_path):
+    sites = [Site("fc", 8, 8, 0, "fc"), Site("block/fc", 8, 8, 0, "fc")]
+    adapters = {site.path: lora(site, rank) for site, rank in zip(sites, (2, 5), strict=True)}
+    save_peft(adapters, {}, tmp_path / "a", task_type=None)
+    back, _ = load_peft(tmp_path / "a", sites)
+    assert {path: adapter.rank for path, adapter in back.items()} == {"fc": 2, "block/fc": 5}
+
+
+@pytest.mark.parametrize("entry", ["model.layers.{}.q", ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q"]])
+def test_stacked_site_is_written_layer_by_layer(tmp_path, entry):
+    site = Site("layers/q", 16, 24, 0, "q", (3,))
+    adapter, mask = lora(site, 4, 0.5), jnp.array([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
+    save_peft({site.path: adapter}, {site.path: mask}, tmp_path / "a", torch_paths={site.path: entry}, task_type=None)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"model.layers.0.q": 2, "model.layers.2.q": 3}
+    back, masks = load_peft(tmp_path / "a", [site], torch_paths={site.path: entry})
+    assert back[site.path].a.shape == (3, 16, 3)
+    np.testing.assert_array_equal(masks[site.path], [[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    np.testing.assert_allclose(product(back[site.path], masks[site.path]), product(adapter, mask), rtol=0, atol=1e-5)
+
+
+def test_stacked_site_needs_a_path_for_every_layer(tmp_path):
+    site = Site("layers/q", 16, 24, 0, "q", (3,))
+    for torch_paths in (None, {site.path: ["a", "b"]}):
+        with pytest.raises(UsageError, match="3 layers"):
+            save_peft({site.path: lora(site, 2)}, {}, tmp_path / "a", torch_paths=torch_paths, task_type=None)
+
+
+def test_frozen_leaves_complete_the_head(tmp_path):
+    trained = {"head/out/kernel": Weight(normal(16, 3))}
+    params = {"head": {"dense": {"kernel": normal(16, 16), "bias": normal(16)}, "out": {"bias": normal(3)}}}
+    torch_paths = {SITES[0].path: "roberta.q", "head/dense": "classifier.dense", "head/out": "classifier.out_proj"}
+    adapters = {SITES[0].path: lora(SITES[0], 2), **trained}
+    with pytest.raises(UsageError, match="'head/dense' was not trained; pass params"):
+        save_peft(adapters, {}, tmp_path / "a", torch_paths=torch_paths)
+    save_peft(adapters, {}, tmp_path / "a", torch_paths=torch_paths, params=params)
+    back, _ = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
+    np.testing.assert_array_equal(back["head/dense/kernel"].value, params["head"]["dense"]["kernel"])
+    np.testing.assert_array_equal(back["head/out/bias"].value, params["head"]["out"]["bias"])
+    np.testing.assert_array_equal(back["head/out/kernel"].value, trained["head/out/kernel"].value)
+
+
+def test_frozen_head_is_saved_where_peft_wants_one(tmp_path):
+    params = {"head": {"out": {"kernel": normal(16, 3), "bias": normal(3)}}, "pooler": {"kernel": normal(16, 16)}}
+    torch_paths = {SITES[0].path: "bert.q", "pooler": "bert.pooler.dense", "head/out": "classifier"}
+    save_peft({SITES[0].path: lora(SITES[0], 2)}, {}, tmp_path / "a", torch_paths=torch_paths, params=params)
+    back, _ = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
+    assert set(back) == {SITES[0].path, "head/out/kernel", "head/out/bias"}
+    np.testing.assert_array_equal(back["head/out/kernel"].value, params["head"]["out"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "message"),
+    [
+        ({"encoder/layer_0/query/bias": Weight(jnp.zeros(16))}, {}, "outside the head.*merge"),
+        ({"encoder/layer_0/query/kernel": Weight(jnp.zeros((16, 16)))}, {}, "outside the head.*merge"),
+        ({"encoder/layer_1/query": object()}, {}, "is a object.*merge"),
+        ({}, {"task_type": "SEQ_CLS"}, "goes with a head"),
+        ({}, {"task_type": None, "profile": "onnx"}, "expected 'peft' or 'vllm'"),
+        ({}, {"task_type": None, "torch_paths": {"encoder/layer_0/key": "k"}}, "no entry for 'encoder/layer_0/query'"),
+        ({"encoder/layer_0/value": lora(SITES[1], 1)},
+         {"task_type": None, "torch_paths": {SITES[0].path: "q", SITES[1].path: "q"}}, "both have the torch path 'q'"),
+        ({"head/out": lora(SITES[0], 1)}, {}, "lies in the head"),
+        ({**heads()}, {"profile": "vllm"}, "vLLM refuses adapters with a trained head"),
+        ({"encoder/layer_0/fc1": lora(SITES[2], 520)}, {"task_type": None, "profile": "vllm"}, "up to 512, got 520"),
+        ({"encoder/layer_0/fc1": Lora(jnp.full((16, 2), jnp.nan), normal(2, 32), 2.0)}, {"task_type": None}, "NaN"),
+    ],
+)  # fmt: skip
+def test_what_the_format_cannot_hold_is_refused(tmp_path, extra, options, message):
+    adapters = {SITES[0].path: lora(SITES[0], 2), **(heads() if "lies in" in message else {}), **extra}
+    with pytest.raises(UsageError, match=message) as caught:
+        save_peft(adapters, {}, tmp_path / "a", **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_live_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no adapter has a live component"):
+        save_peft({SITES[0].path: lora(SITES[0], 2)}, {SITES[0].path: jnp.zeros(2)}, tmp_path / "a", task_type=None)
+
+
+def test_vllm_profile_writes_what_vllm_reads(tmp_path):
+    adapters, masks = mixed(SITES)
+    save_peft(adapters, masks, tmp_path / "a", task_type="CAUSAL_LM", profile="vllm")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    # vLLM knows one scale, lora_alpha / r, and reads the ranks from the tensors.
+    scale = config["lora_alpha"] / config["r"]
+    assert config["modules_to_save"] is None
+    for path in adapters:
+        key = f"base_model.model.{path.replace('/', '.')}.lora_"
+        if key + "A.weight" in tensors:
+            got = scale * tensors[key + "B.weight"] @ tensors[key + "A.weight"]
+            np.testing.assert_allclose(got.T, product(adapters[path], masks[path]), rtol=0, atol=1e-5)
+
+
+def test_folder_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "adapter"
+    site = SITES[0]
+    save_peft({site.path: lora(site, 2)}, {}, folder, task_type=None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="No space left on device"):
+        patch.setattr("pathlib.Path.write_text", disk_full)
+        save_peft({site.path: lora(site, 5)}, {}, folder, task_type=None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_peft({site.path: lora(site, 5)}, {}, folder, task_type=None)
+    assert load_peft(folder, [site])[0][site.path].rank == 5
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_other_files_are_never_removed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="other files, such as 'thesis.tex'"):
+        save_peft({SITES[0].path: lora(SITES[0], 2)}, {}, tmp_path, task_type=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write the adapter to .*file/adapter"):
+        save_peft({SITES[0].path: lora(SITES[0], 2)}, {}, tmp_path / "file/adapter", task_type=None)
+
+
+def test_a_write_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    def corrupt(tensors, *args, **kwargs):
+        save_file({key: value + 0.01 * ("lora_B" in key) for key, value in tensors.items()}, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", corrupt)
+    with pytest.raises(RuntimeError, match="differs from the one written.*encoder/layer_0/query"):
+        save_peft({SITES[0].path: lora(SITES[0], 2)}, {}, tmp_path / "a", task_type=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(folder, config=None, tensors=None):
+    """Change a folder: merge keys into the configuration, update tensors, drop those that are None."""
+    if config:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if tensors:
+        path = folder / "adapter_model.safetensors"
+        merged = {**load_file(path), **tensors}
+        save_file({key: value for key, value in merged.items() if value is not None}, path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    adapters = {site.path: lora(site, 2) for site in SITES[:4]}
+    save_peft({**adapters, **heads()}, {}, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "ADALORA"}, "ADALORA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(folder, config, message):
+    rewrite(folder, config)
+    with pytest.raises(UsageError, match=message):
+        load_peft(folder, SITES[:4])
+
+
+def test_one_error_lists_every_mismatch(folder):
+    prefix = "base_model.model."
+    zeros = np.zeros((2, 2), np.float32)
+    rewrite(folder, tensors={
+        prefix + "encoder.layer_0.query.lora_A.weight": zeros,
+        prefix + "encoder.layer_0.value.lora_B.weight": None,
+        prefix + "encoder.layer_0.fc1.lora_A.weight": None,
+        prefix + "encoder.layer_0.fc1.lora_B.weight": None,
+        prefix + "encoder.layer_7.query.lora_A.weight": zeros,
+        prefix + "embeddings.weight": zeros,
+        "encoder.layer_0.query.weight": zeros,
+    })  # fmt: skip
+    with pytest.raises(UsageError, match="6 mismatches") as caught:
+        load_peft(folder, SITES[:4])
+    for part in (
+        "layer_0.query: lora_A, lora_B are [(2, 2), (16, 2)], expected [(2, 16), (16, 2)]",
+        "layer_0.value: lora_A, lora_B are [(2, 16), 'missing']",
+        "layer_0.fc1: lora_A, lora_B are ['missing', 'missing']",
+        "'encoder.layer_7.query' has an adapter but is not among the sites",
+        "unexpected key 'base_model.model.embeddings.weight'",
+        "unexpected key 'encoder.layer_0.query.weight'",
+    ):
+        assert part in str(caught.value)
+
+
+def test_rank_of_the_configuration_must_be_that_of_the_tensors(folder):
+    rewrite(folder, {"rank_pattern": {}, "r": 4})
+    with pytest.raises(UsageError, match="4 mismatches"):
+        load_peft(folder, SITES[:4])
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_and_truncated_files(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-7])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_peft(folder, SITES[:4])
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=f"has no {name}"):
+        load_peft(folder, SITES[:4])
+    shutil.rmtree(folder)
+    with pytest.raises(UsageError, match="has no adapter_config.json and no adapter_model.safetensors"):
+        load_peft(folder, SITES[:4])
+
+
+def test_missing_head_is_a_mismatch(folder):
+    torch_paths = {site.path: site.path.replace("/", ".") for site in SITES[:4]}
+    torch_paths |= {"head/dense": "head.dense", "head/out": "head.out"}
+    assert "head/out/kernel" in load_peft(folder, SITES[:4], torch_paths=torch_paths)[0]
+    rewrite(folder, tensors={"base_model.model.head.out.weight": None})
+    with pytest.raises(UsageError, match="head.out.weight is missing"):
+        load_peft(folder, SITES[:4], torch_paths=torch_paths)
+
+
+# The rest runs against Hugging Face PEFT where it is installed.
+
+LINEARS = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+MODELS = {
+    "bert": ("bert.encoder.layer", {"head/pooler": "bert.pooler.dense", "head/out": "classifier"}),
+    "roberta": ("roberta.encoder.layer", {"head/dense": "classifier.dense", "head/out": "classifier.out_proj"}),
+    "distilbert": (
+        "distilbert.transformer.layer",
+        {"head/dense": "pre_classifier", "head/out": "classifier"},
+    ),
+}
+DISTILBERT_LINEARS = {"attention/query": "attention.q_lin", "attention/out": "attention.out_lin", "fc1": "ffn.lin1"}
+
+
+def torch_model(kind):
+    """Build a small random classifier of 12 layers, and name its modules and sites."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    if kind == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=50, dim=16, n_layers=12, n_heads=2, hidden_dim=32, max_position_embeddings=40, num_labels=3
+        )
+    else:
+        config = transformers.AutoConfig.for_model(
+            kind, vocab_size=50, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=40, num_labels=3, pad_token_id=1,
+        )  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    # Far from the initialisation, where the logits would hardly depend on the adapters.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    prefix, head = MODELS[kind]
+    linears = DISTILBERT_LINEARS if kind == "distilbert" else LINEARS
+    torch_paths = {f"encoder/layer_{i}/{k}": f"{prefix}.{i}.{v}" for i in range(12) for k, v in linears.items()}
+    weights = dict(model.named_parameters())
+    sites = tuple(
+        Site(path, weights[f"{name}.weight"].shape[1], weights[f"{name}.weight"].shape[0], 0, path.split("/")[-1])
+        for path, name in torch_paths.items()
+    )
+    return model, sites, {**torch_paths, **head}
+
+
+def logits(model):
+    """In float64, so that only the numbers in the file can make a difference."""
+    import torch
+
+    model.double().eval()
+    ids = torch.arange(2, 34).reshape(4, 8)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_peft_loads_the_folder_and_computes_the_same(tmp_path, kind):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    model, sites, torch_paths = torch_model(kind)
+    model.save_pretrained(tmp_path / "base")
+    adapters, masks = mixed(sites)
+    named = dict(model.named_parameters())
+    for path in (path for path in torch_paths if path.startswith("head/")):
+        d_out, d_in = named[torch_paths[path] + ".weight"].shape
+        adapters[f"{path}/kernel"], adapters[f"{path}/bias"] = Weight(normal(d_in, d_out)), Weight(normal(d_out))
+    save_peft(adapters, masks, tmp_path / "adapter", torch_paths=torch_paths, base_model=str(tmp_path / "base"))
+
+    merged = {key: value.double() for key, value in model.state_dict().items()}
+    for path, adapter in adapters.items():
+        if isinstance(adapter, Lora):
+            merged[torch_paths[path] + ".weight"] += torch.tensor(product(adapter, masks[path]).T)
+        else:
+            module, _, leaf = path.rpartition("/")
+            value = torch.tensor(np.asarray(adapter.value))
+            merged[torch_paths[module] + (".weight" if leaf == "kernel" else ".bias")] = (
+                value.T if leaf == "kernel" else value
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Said by transformers about a property that PEFT itself reads.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        from_base = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    result = with_adapter.load_adapter(tmp_path / "adapter", "default")
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    live = [path for path, adapter in adapters.items() if isinstance(adapter, Lora) and masks[path].sum()]
+    made = {name for name, module in with_adapter.named_modules() if hasattr(module, "lora_A")}
+    assert made == {f"base_model.model.{torch_paths[path]}" for path in live}
+    assert set(peft.get_peft_model_state_dict(with_adapter)) == set(state)
+    got = logits(with_adapter)
+
+    fresh, _, _ = torch_model(kind)
+    base = logits(fresh)
+    fresh.double().load_state_dict(merged)
+    np.testing.assert_allclose(got, logits(fresh), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits(from_base), logits(fresh), rtol=0, atol=1e-5)
+    assert np.abs(got - base).max() > 0.1
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_reads_what_peft_writes(tmp_path, rslora):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    model, sites, torch_paths = torch_model("roberta")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=6, use_rslora=rslora, lora_dropout=0.05,
+        target_modules=["query", "intermediate.dense"],
+        rank_pattern={"layer.1.attention.self.query": 2, r".*\.1[01]\.intermediate\.dense": 5, "query": 3},
+        alpha_pattern={"intermediate.dense": 7},
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapters, masks = load_peft(tmp_path / "adapter", sites, torch_paths=torch_paths)
+    modules = dict(wrapped.named_modules())
+    for site in sites:
+        module = modules[f"base_model.model.{torch_paths[site.path]}"]
+        assert hasattr(module, "lora_A") == (site.path in adapters)
+        if site.path in adapters:
+            delta = module.get_delta_weight("default").detach().numpy().T
+            np.testing.assert_allclose(product(adapters[site.path], masks[site.path]), delta, rtol=0, atol=1e-5)
+    assert {a.rank for a in adapters.values() if isinstance(a, Lora)} == {2, 3, 4, 5}
+    saved = modules["base_model.model.classifier"].modules_to_save["default"]
+    np.testing.assert_array_equal(adapters["head/out/kernel"].value, saved.out_proj.weight.detach().numpy().T)
+    np.testing.assert_array_equal(adapters["head/dense/bias"].value, saved.dense.bias.detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "AdaLoRA"])
+def test_refuses_other_kinds_that_peft_writes(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    model, sites, torch_paths = torch_model("bert")
+    targets = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    config = (
+        peft.LoraConfig(use_dora=True, **targets)
+        if kind == "DoRA"
+        else peft.AdaLoraConfig(total_step=10, tinit=1, tfinal=2, **targets)
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UsageError, match="use_dora" if kind == "DoRA" else "ADALORA"):
+        load_peft(tmp_path / "adapter", sites, torch_paths=torch_paths)

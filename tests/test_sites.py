@@ -1,0 +1,53 @@
+"""Sites and targets."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import tower
+
+from jaxprune import UsageError, find_sites
+from jaxprune.sites import flatten, unflatten
+
+
+def test_all_linear_leaves_out_the_head_and_orders_by_layer():
+    _, params, _ = tower()
+    paths = [site.path for site in find_sites(params)]
+    assert paths == [f"layer_{i}/fc{j}" for i in range(3) for j in (1, 2)]
+
+
+def test_layers_sort_as_numbers_and_types_come_from_the_last_part():
+    kernel = jax.ShapeDtypeStruct((3, 5), np.float32)
+    params = {f"layer_{i}": {"fc1": {"kernel": kernel}} for i in (10, 2, 0)}
+    sites = find_sites(params)
+    assert [(s.layer, s.type, s.d_in, s.d_out) for s in sites] == [(0, "fc1", 3, 5), (2, "fc1", 3, 5), (10, "fc1", 3, 5)]
+    assert sites[0].cost(4) == 32
+
+
+def test_a_number_in_the_kernels_own_name_is_no_layer():
+    site, _ = find_sites(tower("scan")[1])
+    assert (site.path, site.layer, site.stack, site.cost(2)) == ("layers/fc1", 0, (3,), 2 * 20 * 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"), [(["fc1"], 3), (["layer_1/fc1", "fc2"], 4), (r"layer_[01]/fc\d", 4), (["head"], 1)]
+)
+def test_suffixes_and_expressions(targets, count):
+    assert len(find_sites(tower()[1], targets)) == count
+
+
+@pytest.mark.parametrize("targets", [["fc3"], ["fc1", "c1"], r"fc1", "layer_9/.*"])
+def test_a_pattern_without_match_is_an_error_that_names_the_nearest(targets):
+    with pytest.raises(UsageError, match="matches no kernel.*fc1"):
+        find_sites(tower()[1], targets)
+
+
+def test_other_bad_input():
+    with pytest.raises(UsageError, match="not a regular expression"):
+        find_sites(tower()[1], "fc(1")
+    with pytest.raises(UsageError, match="no leaf named 'kernel'"):
+        find_sites({"a": {"scale": np.ones(3)}})
+
+
+def test_flatten_and_unflatten_are_inverse():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert unflatten(flatten(tree)) == tree
