@@ -109,7 +109,9 @@ class GlueConfig:
         task, model = self.task or DEFAULT_TASK, self.model or DEFAULT_MODEL
         known = preset(self.preset, self.method, task) if self.preset else {}
         names = {field.name for field in fields(self)}
-        open_ = {name: {**DEFAULTS, **known}[name] for name in DEFAULTS if name in names and getattr(self, name) is None}
+        open_ = {
+            name: {**DEFAULTS, **known}[name] for name in DEFAULTS if name in names and getattr(self, name) is None
+        }
         folder = self.output_dir or Path("runs") / f"{task}-{self.method}-{self.seed}"
         config = replace(self, task=task, model=model, output_dir=folder, **open_)
         config._check()
@@ -131,7 +133,9 @@ class GlueConfig:
         if self.lora_dropout >= 1:
             raise UsageError(f"--lora-dropout {self.lora_dropout} is out of range; expected 0 or more and below 1")
         if self.batch_size % self.accumulate:
-            raise UsageError(f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts")
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts"
+            )
 
     def target_patterns(self) -> str | list[str]:
         """Return `targets` as `find_sites` takes it."""

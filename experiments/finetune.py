@@ -27,7 +27,7 @@ from experiments.metrics import compute
 from experiments.packing import Batches, evaluation_batches, single_example_batches
 from experiments.tasks import Task, get_task
 from jaxprune import methods, report
-from jaxprune.adapters import Adapters, Masks, Weight, count, init_weights
+from jaxprune.adapters import Adapters, Masks, count, init_weights
 from jaxprune.attach import attach
 from jaxprune.checkpoint import save_checkpoint
 from jaxprune.errors import UsageError
@@ -89,9 +89,15 @@ def run(config: GlueConfig) -> dict[str, Any]:
     use_compilation_cache()
 
     model = load_classifier(
-        config.model, num_labels=task.num_labels, regression=task.regression, dtype=jnp.dtype(config.dtype), seed=config.seed
+        config.model,
+        num_labels=task.num_labels,
+        regression=task.regression,
+        dtype=jnp.dtype(config.dtype),
+        seed=config.seed,
     )
-    print(f"model      {config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
+    print(
+        f"model      {config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}"
+    )
     sites = find_sites(model.params, config.target_patterns())
     data = load_data(config, task, model)
     print(
@@ -107,7 +113,10 @@ def run(config: GlueConfig) -> dict[str, Any]:
         context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
         start = method.start(context)
     adapters, masks = with_head(dict(start.adapters), model.params, config.train_head), start.masks
-    params_count = {"adapter": count(*_split(adapters, masks, head=False)), "head": count(*_split(adapters, masks, head=True))}
+    params_count = {
+        "adapter": count(*_split(adapters, masks, head=False)),
+        "head": count(*_split(adapters, masks, head=True)),
+    }
     if start.plan is not None:
         print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
     print(f"trained    {params_count['adapter']:,} adapter parameters, {params_count['head']:,} in the head")
@@ -258,9 +267,7 @@ class Recorder:
         """Evaluate every validation split, write a line each, and return the score for the progress bar."""
         with self._clock.timing("eval"):
             for split, batches in self._data.validation.items():
-                outputs = [
-                    self._predict(self._params, state.adapters, state.masks, batch) for batch in _every(batches)
-                ]
+                outputs = [self._predict(self._params, state.adapters, state.masks, batch) for batch in _every(batches)]
                 metrics = compute(self._task, batches.restore(jax.device_get(outputs)), self._data.labels[split])
                 self._write(number, {"split": split, **metrics})
                 if split == self._task.validation[0]:
@@ -344,7 +351,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that cannot be written or holds a finished run."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another")
+        raise UsageError(
+            f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another"
+        )
     if (folder / "summary.json").exists() and not overwrite:
         raise UsageError(f"--output-dir {str(folder)!r} holds a finished run; pass --overwrite or choose another")
 
@@ -361,10 +370,12 @@ def _make_folder(folder: Path) -> None:
 
 def _save(folder: Path, state: TrainState, model: Pretrained, config: GlueConfig) -> list[str]:
     save_checkpoint(folder / "checkpoints", state)
-    lora_like = {p: a for p, a in state.adapters.items() if not isinstance(a, Weight) or p.startswith("head/")}
     if config.method in ("full", "bitfit"):
         return ["checkpoints/"]
-    save_peft(lora_like, state.masks, folder / "adapter", torch_paths=model.torch_paths, base_model=config.model)
+    save_peft(
+        state.adapters, state.masks, folder / "adapter",
+        torch_paths=model.torch_paths, params=model.params, base_model=config.model,
+    )  # fmt: skip
     return ["adapter/", "ranks.png", "checkpoints/"]
 
 

@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 # Row length at which attention costs as much as everything else: it took 18 % of a MiniLM step at length 64.
 _ATTENTION = 300
 _MULTIPLE = 8  # row lengths, for aligned memory
-_SAMPLE = 131072  # examples in the batches that decide the shapes: 4096 batches of 32
+_SAMPLE = 131072  # examples in the batches that decide the shapes, as in 4096 batches of 32
 _WORTH = 0.02  # a further shape must save this much, or it does not earn its compilation
 _SAMPLE_SEED = 0x5EED
 
@@ -179,7 +179,7 @@ class Batches:
 
     def _sample(self) -> np.ndarray:
         rng = np.random.Generator(np.random.PCG64(_SAMPLE_SEED))
-        count = max(128, _SAMPLE // self.batch_size)
+        count = min(4096, max(128, _SAMPLE // self.batch_size))
         epochs = -(-count // self.steps_per_epoch)
         orders = [self._cut(rng.permutation(len(self._encoded))) for _ in range(epochs)]
         balanced = deal(self._lengths, self.steps_per_epoch, self.batch_size)
@@ -350,9 +350,9 @@ def _levels(parts: np.ndarray, length: int | None) -> np.ndarray:
     free = np.full(lengths.shape, length, np.int32)
     every = np.arange(len(lengths))
     width = 1  # rows in use in the worst batch so far, and one to spare
-    for size in np.ascontiguousarray(lengths.T):
-        row = (free[:, :width] >= size[:, None]).argmax(1)
-        free[every, row] -= size
+    for i in range(lengths.shape[1]):
+        row = (free[:, :width] >= lengths[:, i, None]).argmax(1)
+        free[every, row] -= lengths[:, i]
         width = min(free.shape[1], max(width, int(row.max()) + 2))
     return (free < length).sum(1).reshape(parts.shape[:2]).max(1)
 
@@ -362,7 +362,9 @@ def _round_up(length):
 
 
 def _empty(shape: Shape, examples: int, label_type: np.dtype) -> Batch:
-    batch: Batch = {key: np.zeros(shape, np.int32) for key in ("input_ids", "segment_ids", "position_ids", "token_type_ids")}
+    batch: Batch = {
+        key: np.zeros(shape, np.int32) for key in ("input_ids", "segment_ids", "position_ids", "token_type_ids")
+    }
     batch["first_tokens"] = np.zeros(examples, np.int32)
     batch["labels"] = np.zeros(examples, label_type)
     batch["weights"] = np.zeros(examples, np.float32)

@@ -93,9 +93,13 @@ def preset(name: str, method: str, task: str) -> dict[str, Any]:
       {setting: value}.
     """
     if name not in PRESETS:
-        raise UsageError(f"--preset {name!r} is not known; expected one of {', '.join(PRESETS)}; nearest: {nearest(name, PRESETS, 1)}")
+        raise UsageError(
+            f"--preset {name!r} is not known; expected one of {', '.join(PRESETS)}; nearest: {nearest(name, PRESETS, 1)}"
+        )
     if method not in PRESETS[name]:
         raise UsageError(f"--preset {name} has no settings for --method {method}; it has {', '.join(PRESETS[name])}")
     if task not in PRESETS[name][method]:
-        raise UsageError(f"--preset {name} has no settings for --task {task}; it has {', '.join(PRESETS[name][method])}")
+        raise UsageError(
+            f"--preset {name} has no settings for --task {task}; it has {', '.join(PRESETS[name][method])}"
+        )
     return PRESETS[name][method][task]

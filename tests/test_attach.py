@@ -49,11 +49,14 @@ def test_forward_and_gradients_equal_the_formula(form):
     adapters, masks = random_adapters(params, dead=1)
     forward = jp.attach(model)
     logits = jax.jit(forward)(params, adapters, masks, x)
-    np.testing.assert_allclose(logits, reference_logits(form, merged_by_hand(params, adapters, masks), x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, reference_logits(form, merged_by_hand(params, adapters, masks), x), rtol=1e-4, atol=1e-5
+    )
 
     weight_space = jp.attach_function(lambda params, x: model.apply({"params": params}, x))
     grads = [
-        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(params, a, masks, x) ** 2)))(adapters) for f in (forward, weight_space)
+        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(params, a, masks, x) ** 2)))(adapters)
+        for f in (forward, weight_space)
     ]
     for ours, merged in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(ours, merged, rtol=1e-4, atol=1e-4 * float(jnp.abs(merged).max()))

@@ -19,7 +19,11 @@ def test_layers_sort_as_numbers_and_types_come_from_the_last_part():
     kernel = jax.ShapeDtypeStruct((3, 5), np.float32)
     params = {f"layer_{i}": {"fc1": {"kernel": kernel}} for i in (10, 2, 0)}
     sites = find_sites(params)
-    assert [(s.layer, s.type, s.d_in, s.d_out) for s in sites] == [(0, "fc1", 3, 5), (2, "fc1", 3, 5), (10, "fc1", 3, 5)]
+    assert [(s.layer, s.type, s.d_in, s.d_out) for s in sites] == [
+        (0, "fc1", 3, 5),
+        (2, "fc1", 3, 5),
+        (10, "fc1", 3, 5),
+    ]
     assert sites[0].cost(4) == 32
 
 

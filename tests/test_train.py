@@ -65,7 +65,15 @@ def test_loss_falls_and_the_step_is_traced_once():
 
     step = jp.make_step(jp.attach(model), counted, optax.adam(1e-2))
     losses = []
-    state = jp.fit(step, params, state, [batch] * 30, total_steps=30, log=lambda n, m: losses.append((n, m["loss"])), progress=False)
+    state = jp.fit(
+        step,
+        params,
+        state,
+        [batch] * 30,
+        total_steps=30,
+        log=lambda n, m: losses.append((n, m["loss"])),
+        progress=False,
+    )
     assert [number for number, _ in losses] == list(range(1, 31)) and losses[-1][1] < 0.5 * losses[0][1]
     assert len(traces) == 1 and int(state.step) == 30
 

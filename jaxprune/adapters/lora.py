@@ -90,7 +90,9 @@ def init_lora(
     """
     unknown = sorted(set(ranks) - {site.path for site in sites})
     if unknown:
-        raise UsageError(f"ranks name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites' paths")
+        raise UsageError(
+            f"ranks name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites' paths"
+        )
     if any(rank < 0 for rank in ranks.values()):
         raise UsageError(f"ranks must be 0 or more, got {min(ranks.values())}")
     adapters, masks = {}, {}

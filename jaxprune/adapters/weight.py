@@ -48,6 +48,8 @@ def init_weights(params: Mapping[str, Any], pattern: str) -> dict[str, Weight]:
 
     chosen = {path: leaf for path, leaf in flatten(params).items() if re.search(pattern, path)}
     if not chosen:
-        raise UsageError(f"pattern {pattern!r} matches no parameter; expected a regular expression over paths such as "
-                         f"{next(iter(flatten(params)), '(empty tree)')!r}")
+        raise UsageError(
+            f"pattern {pattern!r} matches no parameter; expected a regular expression over paths such as "
+            f"{next(iter(flatten(params)), '(empty tree)')!r}"
+        )
     return {path: Weight(jnp.array(leaf, jnp.float32, copy=True)) for path, leaf in chosen.items()}

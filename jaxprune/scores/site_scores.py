@@ -61,7 +61,9 @@ def site_scores(
     Source: DPLoRA, section 3.1 and Tables 16 and 17.
     """
     if kind not in SCORES:
-        raise UsageError(f"score {kind!r} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(kind, SCORES, 1)}")
+        raise UsageError(
+            f"score {kind!r} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(kind, SCORES, 1)}"
+        )
     if kind == "weight":
         flat = flatten(params)
         return {s.path: float(jnp.mean(jnp.abs(flat[f"{s.path}/kernel"].astype(jnp.float32)))) for s in sites}

@@ -84,18 +84,21 @@ def test_padding_neither_matters_nor_gives_nan(rngs):
     data = tiny.batch(config.pad_token_id, 1)
     ids = np.concatenate([data["input_ids"], np.full((2, tiny.LENGTH), config.pad_token_id)])
 
-    def logits(params, ids):
-        return tiny.logits(
-            model, params, jnp.asarray(ids), rngs, segment_ids=jnp.asarray(ids != config.pad_token_id) * 1
-        )
+    @tiny.jit
+    def logits_and_grads(params, ids):
+        def logits(params):
+            return model.apply({"params": params}, ids, (ids != config.pad_token_id).astype(jnp.int32), rngs=rngs)
 
-    grads = jax.grad(lambda p: logits(p, ids).sum())(params)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((logits(params, ids), grads)))
+        return logits(params), jax.grad(lambda p: logits(p).sum())(params)
+
+    logits, grads = logits_and_grads(params, jnp.asarray(ids))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((logits, grads)))
     assert np.abs(flatten(grads)["encoder/layer_0/attention/query/kernel"]).max() > 0
     if rngs is None:
-        np.testing.assert_allclose(logits(params, ids)[:5], logits(params, data["input_ids"]), atol=1e-5)
+        without = tiny.logits(model, params, jnp.asarray(data["input_ids"]))
+        np.testing.assert_allclose(logits[:5], without, atol=1e-5)
         shorter = tiny.logits(model, params, jnp.asarray(data["input_ids"][1:2, :1]))
-        np.testing.assert_allclose(logits(params, ids)[1:2], shorter, atol=1e-5)
+        np.testing.assert_allclose(logits[1:2], shorter, atol=1e-5)
 
 
 def test_bf16_is_close_to_fp32_and_keeps_fp32_parameters():
@@ -131,7 +134,7 @@ def test_seeds_can_be_mapped():
     model, params = init_classifier(small("bert"))
     ids = jnp.asarray(tiny.batch(0, 1)["input_ids"])
     keys = jax.random.split(jax.random.key(7), 3)
-    mapped = jax.vmap(lambda key: tiny.logits(model, params, ids, {"dropout": key}))(keys)
+    mapped = tiny.jit(jax.vmap(lambda key: model.apply({"params": params}, ids, rngs={"dropout": key})))(keys)
     single = np.stack([tiny.logits(model, params, ids, {"dropout": key}) for key in keys])
     np.testing.assert_allclose(mapped, single, atol=1e-5)
 
@@ -161,7 +164,7 @@ def test_attention_with_dropout_has_the_numerics_of_attention_without():
     ids = jnp.asarray(tiny.batch(config.pad_token_id, 1)["input_ids"])
 
     def grads(model, rngs):
-        return jax.grad(lambda p: (tiny.logits(model, p, ids, rngs) ** 2).sum())(params)
+        return tiny.jit(jax.grad(lambda p: (model.apply({"params": p}, ids, rngs=rngs) ** 2).sum()))(params)
 
     with_rng = grads(explicit, {"dropout": jax.random.key(0)})
     for a, b in zip(jax.tree.leaves(grads(model, None)), jax.tree.leaves(with_rng), strict=True):

@@ -40,10 +40,10 @@ def test_gradients(family, folder):
     ids, kwargs = _inputs(family, data)
 
     def loss_fn(params):
-        log_probs = jax.nn.log_softmax(tiny.logits(loaded.model, params, ids, **kwargs))
+        log_probs = jax.nn.log_softmax(loaded.model.apply({"params": params}, ids, **kwargs))
         return -jnp.mean(jnp.take_along_axis(log_probs, jnp.asarray(data["labels"])[:, None], axis=1))
 
-    loss, grads = jax.value_and_grad(loss_fn)(loaded.params)
+    loss, grads = tiny.jit(jax.value_and_grad(loss_fn))(loaded.params)
     np.testing.assert_allclose(loss, data["loss"], atol=1e-5)
     grads = flatten(grads)
     ours = {torch: path for path, torch in loaded.torch_paths.items()}

@@ -95,18 +95,19 @@ def save(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-@functools.cache
-def _compiled(model):
+def jit(function):
+    """Compile for the tests: compiling is nearly all the time they take, and the lowest level halves it."""
     import jax
 
-    # Compiling is nearly all the time these tests take; the lowest level halves it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(
-        lambda params, ids, kwargs, rngs: model.apply({"params": params}, ids, rngs=rngs, **kwargs),
-        compiler_options=options,
-    )
+    return jax.jit(function, compiler_options=options)
+
+
+@functools.cache
+def _compiled(model):
+    return jit(lambda params, ids, kwargs, rngs: model.apply({"params": params}, ids, rngs=rngs, **kwargs))
 
 
 def logits(model, params, ids, rngs=None, **kwargs):
-    """Apply a model, compiled: operation by operation the tests would take minutes."""
+    """Apply a model, compiled: operation by operation it would take longer still."""
     return _compiled(model)(params, ids, kwargs, rngs)
