@@ -20,7 +20,7 @@ from jaxprune.allocate import Problem, rank_problem, solve
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
-OURS = ("CBC", "GLPK_MI", "HIGHS", "knapsack")
+OURS = ("CBC", "GLPK_MI", "HIGHS", "DP")
 PEER = "PuLP"
 
 

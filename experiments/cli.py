@@ -39,7 +39,7 @@ def _one_line(box: str) -> str:
     return f"{message}{hint}; --help lists every flag"
 
 
-def main(run: Callable[[Any], None], config: type, program: str) -> None:
+def main(run: Callable[[Any], object], config: type, program: str) -> None:
     """Parse, run, and exit: 0 on success, 2 on wrong input, 1 where training broke off, 130 on Ctrl-C."""
     try:
         run(parse(config, sys.argv[1:], program))

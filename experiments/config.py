@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +133,8 @@ class GlueConfig:
             raise UsageError(f"--learning-rate {self.learning_rate} is out of range; expected a positive number")
         if self.lora_dropout >= 1:
             raise UsageError(f"--lora-dropout {self.lora_dropout} is out of range; expected 0 or more and below 1")
+        if self.tensorboard and find_spec("tensorboardX") is None:
+            raise UsageError("--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX")
         if self.batch_size % self.accumulate:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts"

@@ -7,12 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +17,9 @@ import numpy as np
 import optax
 
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
-from experiments.data import Encoded, encode, load_task
-from experiments.metrics import compute
+from experiments.data import encode, load_task
 from experiments.packing import Batches, evaluation_batches, single_example_batches
+from experiments.recording import Clock, Recorder, check_folder, make_folder, versions
 from experiments.tasks import Task, get_task
 from jaxprune import methods, report
 from jaxprune.adapters import Adapters, Masks, count, init_weights
@@ -33,38 +28,10 @@ from jaxprune.checkpoint import save_checkpoint
 from jaxprune.errors import UsageError
 from jaxprune.models import Pretrained, load_classifier
 from jaxprune.peft import save_peft
-from jaxprune.sites import Site, find_sites
+from jaxprune.sites import find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
 
 HEAD = r"^head/"
-_OURS = ("summary.json", "metrics.jsonl", "ranks.png", "adapter", "checkpoints", "tensorboard")
-
-
-class Clock:
-    """Add up the seconds spent under each name; compilation is what JAX itself reports."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("compile", "allocate", "eval", "train"), 0.0)
-        self._start = time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds["compile"] += duration
-
-    @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        """Count the time of a block under `name`, less the compilation and evaluation inside it."""
-        start, inside = time.perf_counter(), self._elsewhere(name)
-        yield
-        self.seconds[name] += time.perf_counter() - start - (self._elsewhere(name) - inside)
-
-    def _elsewhere(self, name: str) -> float:
-        return sum(self.seconds[other] for other in ("compile", "eval") if other != name)
-
-    def total(self) -> dict[str, float]:
-        """Return all seconds so far, the total first."""
-        return {"total": time.perf_counter() - self._start, **self.seconds}
 
 
 class Data(NamedTuple):
@@ -83,9 +50,9 @@ def run(config: GlueConfig) -> dict[str, Any]:
     clock = Clock()
     _introduce(config)
     config = config.resolve()
-    assert config.task and config.model and config.output_dir
+    assert config.task and config.model and config.output_dir and config.epochs
     task, folder = get_task(config.task), config.output_dir
-    _check_folder(folder, config.overwrite)
+    check_folder(folder, config.overwrite)
     use_compilation_cache()
 
     model = load_classifier(
@@ -121,22 +88,25 @@ def run(config: GlueConfig) -> dict[str, Any]:
         print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
     print(f"trained    {params_count['adapter']:,} adapter parameters, {params_count['head']:,} in the head")
 
-    _make_folder(folder)
+    make_folder(folder)
     ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
     budget = start.plan.budget if start.plan else None
     if start.plan is not None:
         report.plot_ranks(ranks, sites, folder / "ranks.png", title=f"{config.method} on {task.name}", budget=budget)
 
-    total_steps = min(config.max_steps or math.inf, config.epochs * data.train.steps_per_epoch)
-    schedule = make_schedule(config, int(total_steps))
+    whole = config.epochs * data.train.steps_per_epoch
+    total_steps = min(config.max_steps or whole, whole)
+    schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule)
     state = init_state(head_key, adapters, masks, optimizer, method, sites)
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
-    recorder = Recorder(config, task, data, model.params, make_predict(forward, predict), schedule, clock)
+    recorder = Recorder(
+        config, task, data.validation, data.labels, model.params, make_predict(forward, predict), schedule, clock
+    )
     with clock.timing("train"):
         state = fit(
-            step, model.params, state, _training_batches(data.train, int(total_steps)),
-            total_steps=int(total_steps), log=recorder.log, pause_at=_evaluation_steps(config, data.train, int(total_steps)),
+            step, model.params, state, _training_batches(data.train, total_steps),
+            total_steps=total_steps, log=recorder.log, pause_at=_evaluation_steps(config, data.train, total_steps),
             pause=recorder.evaluate,
         )  # fmt: skip
 
@@ -175,7 +145,7 @@ def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
         Batches(encoded["train"], config.batch_size, config.seed, microbatches=config.accumulate),
         evaluation_batches(validation, 4 * config.batch_size),
         {split: part.labels for split, part in validation.items()},
-        [_weighted(b) for b in _every(Batches(few, math.ceil(len(few) / config.score_batches), None))],
+        [_weighted(b) for b in Batches(few, math.ceil(len(few) / config.score_batches), None).all()],
         [single_example_batches(few, len(few))] if config.score == "squared" else [],
     )
 
@@ -245,58 +215,10 @@ def make_optimizer(config: GlueConfig, schedule: optax.Schedule) -> optax.Gradie
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
 
 
-class Recorder:
-    """Write metrics.jsonl (and TensorBoard events), evaluate, and remember the best score."""
-
-    def __init__(self, config: GlueConfig, task: Task, data: Data, params, predict, schedule, clock: Clock) -> None:
-        assert config.output_dir
-        self._path, self._every = config.output_dir / "metrics.jsonl", config.log_steps
-        self._task, self._data, self._params, self._predict = task, data, params, predict
-        self._schedule, self._clock = schedule, clock
-        self._board = _tensorboard(config.output_dir / "tensorboard") if config.tensorboard else None
-        self.last: dict[str, float] = {}
-        self.best = -math.inf
-
-    def log(self, number: int, metrics: dict[str, float]) -> None:
-        """Write a training line every `log_steps` steps."""
-        if number % self._every == 0:
-            rate = float(self._schedule(number - 1))
-            self._write(number, {**metrics, "learning_rate": rate})
-
-    def evaluate(self, number: int, state: TrainState) -> str:
-        """Evaluate every validation split, write a line each, and return the score for the progress bar."""
-        with self._clock.timing("eval"):
-            for split, batches in self._data.validation.items():
-                outputs = [self._predict(self._params, state.adapters, state.masks, batch) for batch in _every(batches)]
-                metrics = compute(self._task, batches.restore(jax.device_get(outputs)), self._data.labels[split])
-                self._write(number, {"split": split, **metrics})
-                if split == self._task.validation[0]:
-                    self.last = metrics
-                else:
-                    self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
-        score = self.last[self._task.metric]
-        self.best = max(self.best, score)
-        return f"{self._task.metric} {score:.1f}"
-
-    def _write(self, number: int, values: dict[str, Any]) -> None:
-        report.append_jsonl(self._path, {"step": number, **values, "seconds": round(self._clock.total()["total"], 3)})
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
-            self._board.flush()
-
-
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, so that the second run of a shape starts at once."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "jaxprune" / "xla"))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run's result depends on."""
-    names = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "cvxpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def _introduce(config: GlueConfig) -> None:
@@ -322,10 +244,6 @@ def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**batch, "weights": batch["weights"] * (batch["weights"].size / batch["weights"].sum())}
 
 
-def _every(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
-    return (batches.batch(0, step) for step in range(batches.steps_per_epoch))
-
-
 def _training_batches(batches: Batches, total_steps: int) -> Iterator[dict[str, np.ndarray]]:
     for epoch in range(math.ceil(total_steps / batches.steps_per_epoch)):
         for step, batch in enumerate(batches.epoch(epoch)):
@@ -337,35 +255,6 @@ def _training_batches(batches: Batches, total_steps: int) -> Iterator[dict[str, 
 def _evaluation_steps(config: GlueConfig, batches: Batches, total_steps: int) -> set[int]:
     every = config.eval_steps or batches.steps_per_epoch
     return {*range(every, total_steps + 1, every), total_steps}
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs tensorboardX; install it: pip install tensorboardX") from None
-    return SummaryWriter(str(folder))
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be written or holds a finished run."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another"
-        )
-    if (folder / "summary.json").exists() and not overwrite:
-        raise UsageError(f"--output-dir {str(folder)!r} holds a finished run; pass --overwrite or choose another")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _OURS:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output-dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
 
 
 def _save(folder: Path, state: TrainState, model: Pretrained, config: GlueConfig) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.errors import UsageError
 from jaxprune.train import TrainState, leaf_names
@@ -19,7 +20,7 @@ def _flat(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def save_checkpoint(folder: str | os.PathLike[str], state: TrainState) -> Path:

@@ -104,7 +104,7 @@ def make_step(
         if method:
             method_state = method.observe(method_state, state.adapters, state.masks, grads, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
+        adapters: Any = optax.apply_updates(state.adapters, updates)
         if method and method.project:
             adapters = method.project(adapters)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "nonfinite": _first_nonfinite(value, grads)}
@@ -118,9 +118,9 @@ def _first_nonfinite(loss: jax.Array, grads: Any) -> jax.Array:
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
 
 
-def leaf_names(adapters: Adapters) -> list[str]:
-    """Name the leaves of `adapters` in the order in which `metrics["nonfinite"]` counts them."""
-    leaves = jax.tree_util.tree_flatten_with_path(adapters)[0]
+def leaf_names(tree: Any) -> list[str]:
+    """Name the leaves of a pytree, in its own order; `metrics["nonfinite"]` counts those of the adapters so."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path) for path, _ in leaves]
 
 

@@ -55,7 +55,7 @@ def test_no_op_at_the_start_then_learning_without_retracing(name, form):
     model, params, x, forward, start, state, losses, traces = trained(name, form)
     plain = jax.jit(lambda: model.apply({"params": params}, x))()
     begun = jax.jit(forward)(params, start.adapters, start.masks, x)
-    np.testing.assert_allclose(begun, plain, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(begun, plain, rtol=1e-5, atol=1e-6)
     assert losses[-1] < losses[0] and traces == 1
 
 

@@ -90,7 +90,7 @@ def _options(solver: str, seconds: float) -> dict[str, float | int | str]:
         # parallel, not threads: HiGHS refuses another thread count than an earlier solve of the process used.
         tight = dict(mip_feasibility_tolerance=1e-9, primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9)
         return dict(mip_rel_gap=0.0, mip_abs_gap=0.0, parallel="off", random_seed=0, time_limit=seconds, **tight)
-    if solver == "CBC":  # its seed is fixed, and cylp offers no other
+    if solver == "CBC":  # its seed is fixed; it may overrun the time limit, up to twofold where measured
         gaps = dict(allowableGap=0.0, allowableFractionGap=0.0, allowablePercentageGap=0.0)
         return dict(maximumSeconds=min(seconds, 1e9), numberThreads=0, integerTolerance=1e-9, **gaps)
     milliseconds = int(min(max(1000 * seconds, 1), 2**31 - 1))

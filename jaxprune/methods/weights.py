@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxprune.adapters import init_weights
-from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.base import Method, Start
 
 
 def full() -> Method:

@@ -138,7 +138,7 @@ def convert(
         if (name := key.removeprefix(prefix)) in stripped:
             problems.append((name, "is there twice, with and without its prefix"))
         stripped[name] = value
-    arrays: dict[str, np.ndarray] = {}
+    chosen: dict[str, tuple[Any, bool]] = {}
     initialised: list[str] = []
     notes: list[str] = []
     used: set[str] = set()
@@ -164,9 +164,7 @@ def convert(
             notes.append(f"{module.path} is freshly initialised: {reasons}")
         else:
             problems += faults
-            arrays |= (
-                {path: _read(value, transpose) for path, (value, transpose) in found.items()} if not problems else {}
-            )
+            chosen |= found
     rest = [name for name in stripped if name not in used]
     ignored = tuple(name for name in rest if re.fullmatch(IGNORED[config.family], name))
     problems += [(name, "is unexpected") for name in rest if name not in ignored]
@@ -176,6 +174,7 @@ def convert(
             f"the weights in {origin} do not fit its config.json ({config.family}, {config.num_layers} layers of "
             f"width {config.hidden_size}): {len(problems)} mismatches\n  " + "\n  ".join(lines)
         )
+    arrays = {path: _read(value, transpose) for path, (value, transpose) in chosen.items()}
     return Converted(arrays, tuple(initialised), ignored, tuple(notes))
 
 

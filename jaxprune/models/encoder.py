@@ -180,7 +180,8 @@ class SequenceClassifier(nn.Module):
             tokens of its own segment. Default: 1 where `input_ids` is not the padding token.
           position_ids: (B, T); position of each token in its example, from 0. Default: 0 ... T-1 in each row.
           token_type_ids: (B, T); 0 for the first sentence, 1 for the second. Default: 0. DistilBERT has none.
-          first_tokens: (N,) indices into the B*T tokens: the first token of each example. Default: of each row.
+          first_tokens: (N,) indices into the B*T tokens: the first token of each example. Default: of each row. To keep
+            N fixed, surplus entries may name any token, say 0: their logits are then that token's.
 
         Raises:
           UsageError: rows longer than the model's positions without `position_ids`, or a shape that does not fit.

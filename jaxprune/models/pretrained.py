@@ -138,7 +138,8 @@ def _initialise(
             arrays[path] = np.full(shapes[path], leaf == "scale", np.float32)
             continue
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        array = rng.standard_normal(shapes[path], dtype=np.float32) * np.float32(config.initializer_range)
+        array = rng.standard_normal(shapes[path], dtype=np.float32)
+        array *= np.float32(config.initializer_range)
         padded = module == "embeddings/word" or (
             module == "embeddings/position" and FAMILIES[config.family].padded_positions
         )

@@ -35,7 +35,9 @@ def open_weights(folder: Path) -> dict[str, Any]:
                 f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is loaded; "
                 f"expected {SINGLE}: convert it with `save_pretrained` of transformers, or take a safetensors revision"
             )
-        raise UsageError(f"{folder} has no weights; expected {SINGLE} or {INDEX} in it")
+        raise UsageError(
+            f"{folder} has no weights; expected {SINGLE} or {INDEX} in it (a pickle must be converted first)"
+        )
     try:
         shard_of = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(shard_of.values()))

@@ -25,7 +25,7 @@ from jaxprune.allocate import (
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
-EXACT = ("CBC", "GLPK_MI", "HIGHS", "knapsack")
+EXACT = ("CBC", "GLPK_MI", "HIGHS", "DP")
 
 
 def sites_of(shapes, types):
@@ -106,7 +106,7 @@ def test_solvers_agree_at_real_size(make):
         problem = instance(make(), np.random.default_rng(seed))
         plans = [solve(problem, solver=name, time_limit=10) for name in EXACT]
         proved = [plan for plan in plans if plan.gap == 0]
-        assert {"HIGHS", "knapsack"} <= {plan.solver for plan in proved}
+        assert {"HIGHS", "DP"} <= {plan.solver for plan in proved}
         for plan in proved:
             assert plan.objective == pytest.approx(plans[-1].objective, rel=1e-9)
         for plan in plans:  # from the ranks alone, by the formula
@@ -139,10 +139,10 @@ def allocations(draw):
 @given(allocations(), st.sampled_from([2.0**-40, 0.25, 2.0**20]))
 def test_properties_of_every_plan(case, factor):
     scores, sites, budget = case
-    plan = allocate(scores, sites, budget, ranks=range(6), solver="knapsack")
+    plan = allocate(scores, sites, budget, ranks=range(6), solver="DP")
     assert sum(s.cost(plan.ranks[s.path]) for s in sites) == plan.cost <= budget
     assert {s.type for s in sites if plan.ranks[s.path] > 0} == {s.type for s in sites}
-    scaled = allocate([factor * x for x in scores], sites, budget, ranks=range(6), solver="knapsack")
+    scaled = allocate([factor * x for x in scores], sites, budget, ranks=range(6), solver="DP")
     assert scaled.ranks == plan.ranks
     assert scaled.objective == pytest.approx(factor * plan.objective, rel=1e-12)
     highs = allocate(scores, sites, budget, ranks=range(6), solver="HIGHS")
@@ -211,7 +211,7 @@ def test_expired_time_limit_returns_a_checked_plan_and_its_gap(solver, limit):
 
 def test_gap_covers_the_true_optimum():
     problem = instance(roberta_base(), np.random.default_rng(3))
-    best = solve(problem, solver="knapsack").objective
+    best = solve(problem, solver="DP").objective
     for solver in EXACT:
         early = solve(problem, solver=solver, time_limit=1e-6)
         assert early.objective <= best * (1 + 1e-12) <= early.objective * (1 + early.gap) * (1 + 1e-9)
@@ -219,7 +219,7 @@ def test_gap_covers_the_true_optimum():
 
 def test_knapsack_table_too_large_names_bytes_and_other_solvers():
     with pytest.raises(UsageError, match=r"takes [\d,]+ bytes .*'HIGHS', 'CBC' or 'GLPK_MI'"):
-        solve(hard_problem(), solver="knapsack")
+        solve(hard_problem(), solver="DP")
 
 
 def test_infeasible_budget_names_the_smallest_that_fits():
@@ -267,7 +267,7 @@ def test_wrong_input_is_one_clear_line(scores, sites, budget, kwargs, message):
 
 def test_broken_importances_are_replaced_and_said():
     sites = sites_of([(8, 8)] * 4, "qqqq")
-    plan = allocate([1.0, math.nan, math.inf, 2.0], sites, 16 * 9, ranks=range(5), solver="knapsack")
+    plan = allocate([1.0, math.nan, math.inf, 2.0], sites, 16 * 9, ranks=range(5), solver="DP")
     assert list(plan.ranks.values()) == [1, 0, 4, 4]
     assert "NaN" in plan.status and "layer_1/q" in plan.status and "infinite" in plan.status
     assert len(plan.warnings) == 2
@@ -281,7 +281,7 @@ def test_absent_solver_says_how_to_get_it(monkeypatch):
     plan = allocate([1.0, 1.0], TWO, 99)
     assert plan.solver == "HIGHS" and "auto" in plan.status and "CBC is not installed" in plan.status
     monkeypatch.setattr(module, "installed", tuple)
-    with pytest.raises(UsageError, match="no mixed-integer solver is installed.*knapsack"):
+    with pytest.raises(UsageError, match="no mixed-integer solver is installed.*DP"):
         allocate([1.0, 1.0], TWO, 99)
 
 
@@ -317,7 +317,7 @@ def test_stacked_site_costs_every_layer():
 
 @pytest.mark.parametrize("make", [roberta_base, llama_3_8b])
 def test_table_has_a_line_per_layer_and_fits(make):
-    plan = allocate(np.random.default_rng(0).lognormal(size=len(make())), make(), solver="knapsack")
+    plan = allocate(np.random.default_rng(0).lognormal(size=len(make())), make(), solver="DP")
     lines = plan.table().splitlines()
     layers = len({s.layer for s in make()})
     assert len(lines) == layers + 5 and max(map(len, lines)) <= 100

@@ -7,10 +7,10 @@ from experiments import bench
 
 def test_allocate_prints_a_row_per_solver_and_shape(capsys, tmp_path):
     table = tmp_path / "table.txt"
-    arguments = ["allocate", "--instances", "2", "--solvers", "HIGHS", "knapsack", "--output", str(table)]
+    arguments = ["allocate", "--instances", "2", "--solvers", "HIGHS", "DP", "--output", str(table)]
     assert bench.main(arguments) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
-    assert [row[:2] for row in rows] == [["72", "HIGHS"], ["72", "knapsack"], ["224", "HIGHS"], ["224", "knapsack"]]
+    assert [row[:2] for row in rows] == [["72", "HIGHS"], ["72", "DP"], ["224", "HIGHS"], ["224", "DP"]]
     assert all(row[5] == "2/2" and float(row[6]) <= 1e-9 for row in rows)
     assert "HIGHS" in table.read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from tests.models import tiny
@@ -16,3 +17,10 @@ def family(request):
 def folder(family, tmp_path):
     """A tiny model of each family as a local folder."""
     return tiny.save(tmp_path / family, tiny.CONFIGS[family], tiny.state(family))
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Multiply float32 as float32: an accelerator's default is fewer bits than the tests compare."""
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -1,0 +1,140 @@
+"""What a run leaves behind while it goes: the output folder, metrics.jsonl, and where the seconds went."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.config import GlueConfig
+from experiments.metrics import compute
+from experiments.packing import Batches
+from experiments.tasks import Task
+from jaxprune import report
+from jaxprune.errors import UsageError
+from jaxprune.train import TrainState
+
+_OURS = ("summary.json", "metrics.jsonl", "ranks.png", "adapter", "checkpoints", "tensorboard")
+
+
+class Clock:
+    """Add up the seconds spent under each name; compilation is what JAX itself reports."""
+
+    def __init__(self) -> None:
+        self.seconds = {name: 0.0 for name in ("train", "compile", "allocate", "eval")}
+        self._start = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds["compile"] += duration_secs
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Count the time of a block under `name`, less the compilation and evaluation inside it."""
+        start, inside = time.perf_counter(), self._elsewhere(name)
+        yield
+        self.seconds[name] += time.perf_counter() - start - (self._elsewhere(name) - inside)
+
+    def _elsewhere(self, name: str) -> float:
+        return sum(self.seconds[other] for other in ("compile", "eval") if other != name)
+
+    def total(self) -> dict[str, float]:
+        """Return all seconds so far, the total first."""
+        return {"total": time.perf_counter() - self._start, **self.seconds}
+
+
+class Recorder:
+    """Write metrics.jsonl (and TensorBoard events), evaluate, and remember the best score."""
+
+    def __init__(
+        self,
+        config: GlueConfig,
+        task: Task,
+        validation: dict[str, Batches],
+        labels: dict[str, np.ndarray],
+        params,
+        predict,
+        schedule,
+        clock: Clock,
+    ) -> None:
+        assert config.output_dir
+        self._path, self._every = config.output_dir / "metrics.jsonl", config.log_steps
+        self._task, self._validation, self._labels = task, validation, labels
+        self._params, self._predict = params, predict
+        self._schedule, self._clock = schedule, clock
+        self._board = _tensorboard(config.output_dir / "tensorboard") if config.tensorboard else None
+        self.last: dict[str, float] = {}
+        self.best = -math.inf
+
+    def log(self, number: int, metrics: dict[str, float]) -> None:
+        """Write a training line every `log_steps` steps."""
+        if number % self._every == 0:
+            rate = float(self._schedule(number - 1))
+            self._write(number, {**metrics, "learning_rate": rate})
+
+    def evaluate(self, number: int, state: TrainState) -> str:
+        """Evaluate every validation split, write a line each, and return the score for the progress bar."""
+        with self._clock.timing("eval"):
+            for split, batches in self._validation.items():
+                outputs = [self._predict(self._params, state.adapters, state.masks, batch) for batch in batches.all()]
+                metrics = compute(self._task, batches.restore(jax.device_get(outputs)), self._labels[split])
+                self._write(number, {"split": split, **metrics})
+                if split == self._task.validation[0]:
+                    self.last = metrics
+                else:
+                    self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
+        score = self.last[self._task.metric]
+        self.best = max(self.best, score)
+        return f"{self._task.metric} {score:.1f}"
+
+    def _write(self, number: int, values: dict[str, Any]) -> None:
+        report.append_jsonl(self._path, {"step": number, **values, "seconds": round(self._clock.total()["total"], 3)})
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
+            self._board.flush()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's result depends on."""
+    names = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "cvxpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be written or holds a finished run."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another"
+        )
+    if (folder / "summary.json").exists() and not overwrite:
+        raise UsageError(f"--output-dir {str(folder)!r} holds a finished run; pass --overwrite or choose another")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _OURS:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
+
+
+def _tensorboard(folder: Path) -> Any:
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+    return SummaryWriter(str(folder))
