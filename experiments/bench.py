@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from experiments.memory import keep_memory
 from jaxprune.errors import UsageError, nearest
 
 
@@ -27,4 +28,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

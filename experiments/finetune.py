@@ -117,11 +117,9 @@ def run(config: GlueConfig) -> dict[str, Any]:
         "layers_adapted": len({s.layer for s in sites if ranks[s.path]}) if start.plan else None,
         "steps": int(state.step), "events": [],
     }  # fmt: skip
-    if start.plan is not None:
-        plan = start.plan
-        summary["allocation"] = {
-            "solver": plan.solver, "status": plan.status, "objective": plan.objective, "gap": plan.gap, "seconds": plan.seconds
-        }  # fmt: skip
+    if start.plan and not math.isnan(start.plan.gap):
+        said = ("solver", "status", "objective", "gap", "seconds")
+        summary["allocation"] = {name: getattr(start.plan, name) for name in said}
     saved = _save(folder, state, model, config)
     summary |= {"seconds": clock.total(), "versions": versions(), "config": _plain(config)}
     report.write_json(folder / "summary.json", summary)

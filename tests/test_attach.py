@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FORMS, tower
 
 import jaxprune as jp
 from jaxprune.sites import flatten
+from tests.tower import FORMS, tower
 
 rng = np.random.default_rng
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FORMS, tower
 
 import jaxprune as jp
+from tests.tower import FORMS, tower
 
 METHODS = {
     "full": jp.full,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FORMS, tower
 
 import jaxprune as jp
 from jaxprune.sites import flatten
+from tests.tower import FORMS, tower
 
 
 def loss_fn(apply, batch, key):

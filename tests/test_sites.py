@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from conftest import tower
 
 from jaxprune import UsageError, find_sites
 from jaxprune.sites import flatten, unflatten
+from tests.tower import tower
 
 
 def test_all_linear_leaves_out_the_head_and_orders_by_layer():

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tower
 
 import jaxprune as jp
 from jaxprune.methods import Method
 from jaxprune.train import leaf_names
+from tests.tower import tower
 
 
 def loss_fn(apply, batch, key):

@@ -172,7 +172,7 @@ def convert(
         lines = _fold_layers(problems)
         raise UsageError(
             f"the weights in {origin} do not fit its config.json ({config.family}, {config.num_layers} layers of "
-            f"width {config.hidden_size}): {len(problems)} mismatches\n  " + "\n  ".join(lines)
+            f"width {config.hidden_size}): {len(problems)} mismatches: " + "; ".join(lines)
         )
     arrays = {path: _read(value, transpose) for path, (value, transpose) in chosen.items()}
     return Converted(arrays, tuple(initialised), ignored, tuple(notes))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 
 import pytest
+
+from tests.models import tiny
 
 TEXTS = ["one two three four five six seven words are cut", "don't $1,000 naïve café 3.14 plain", "the same word again"]
 
@@ -23,6 +26,43 @@ def minilm() -> Path:
 @pytest.fixture
 def bert_like(tmp_path) -> Path:
     """A folder with a WordPiece tokenizer, which marks the second text with type 1."""
+    return _bert_tokenizer(tmp_path / "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """A whole model folder: that tokenizer, a configuration and random weights."""
+    folder = _bert_tokenizer(tmp_path_factory.mktemp("model") / "bert")
+    config = {**tiny.CONFIGS["bert"], "vocab_size": 120, "max_position_embeddings": 48}
+    shapes = json.loads(str(tiny.golden("bert")["shapes"]))
+    for name in shapes:
+        if name.endswith("word_embeddings.weight"):
+            shapes[name] = [120, 36]
+        elif name.endswith("position_embeddings.weight"):
+            shapes[name] = [48, 36]
+    arrays = {name: array for name, array in tiny.weights(shapes).items() if not name.startswith("classifier")}
+    return tiny.save(folder, config, arrays)
+
+
+@pytest.fixture(scope="session")
+def tiny_rte(tmp_path_factory) -> Path:
+    """A folder with a learnable little RTE: a pair is entailed when both texts hold the same first word."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    words = "one two three four five six seven words are cut plain the same word again".split()
+    (folder / "rte").mkdir()
+    for split, n in (("train", 48), ("validation", 14)):
+        rows = []
+        for i in range(n):
+            first, second = rng.sample(words, 2)
+            rest = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2)]
+            pair = (first, first if i % 2 else second)
+            rows.append({"sentence1": f"{pair[0]} {rest[0]}", "sentence2": f"{pair[1]} {rest[1]}", "label": i % 2})
+        (folder / "rte" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _bert_tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -37,7 +77,7 @@ def bert_like(tmp_path) -> Path:
     tokenizer.enable_padding(length=40)
     tokenizer.enable_truncation(7)
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    return _save(tmp_path / "bert", tokenizer, {"tokenizer_class": "BertTokenizer", **names})
+    return _save(folder, tokenizer, {"tokenizer_class": "BertTokenizer", **names})
 
 
 @pytest.fixture

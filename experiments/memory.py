@@ -1,0 +1,30 @@
+"""Keep the memory of one training step for the next, which on Linux CPUs saves a quarter of its time.
+
+XLA takes a step's temporary memory from malloc and frees it at the end. glibc gives blocks of that size back to the
+kernel, so that every step touches over a gigabyte of fresh pages, 4 KiB at a time. Told to keep what is freed, and to
+ask for pages of 2 MiB, a step at RoBERTa-base size took 2.33 instead of 3.1 s on two cores, and one at MiniLM size 0.36
+instead of 0.46 s (`python -m experiments.bench step`; with GLIBC_TUNABLES set to anything, nothing is changed).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# One arena, as only the main one can keep large blocks; no block of its own mapping; nothing trimmed; huge pages.
+_TUNABLES = f"glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**46}:glibc.malloc.hugetlb=1"
+
+
+def keep_memory() -> None:
+    """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another.
+
+    Glibc reads its tunables only when a process starts, hence the second start, which takes 20 ms.
+    """
+    if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux"):
+        return
+    try:
+        glibc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (OSError, ValueError):
+        return
+    if glibc.startswith("glibc"):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": _TUNABLES})

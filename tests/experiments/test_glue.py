@@ -1,0 +1,136 @@
+"""The command from flags to files, on a tiny model and a tiny task."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.cli import parse
+from experiments.config import GlueConfig
+from experiments.data import encode, load_task
+from experiments.finetune import make_schedule, predict, run
+from experiments.packing import Batches
+from jaxprune import attach, find_sites, load_peft
+from jaxprune.models import load_classifier
+
+METHODS = ("oplora", "lora", "full", "bitfit")
+
+
+def glue(tiny_bert, tiny_rte, folder, **settings):
+    """Run in this process and return the summary."""
+    fixed = dict(
+        model=str(tiny_bert), task="rte", data_dir=tiny_rte, max_length=32, epochs=2, batch_size=8, log_steps=2
+    )
+    return run(GlueConfig(output_dir=folder, **{**fixed, **settings}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, capsys):
+    folder = tmp_path / "run"
+    summary = glue(tiny_bert, tiny_rte, folder, method=method, budget=1500 if method == "oplora" else None, rank=2)
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    wanted = (
+        "method model task seed metric score best_score adapter_params head_params budget ranks layers_adapted steps "
+        "events seconds versions"
+    )
+    assert set(wanted.split()) <= set(summary)
+    assert set(summary["seconds"]) == {"total", "compile", "allocate", "eval", "train"}
+    assert sum(summary["seconds"].values()) <= 2 * summary["seconds"]["total"]
+    assert summary["steps"] == 12 and len(summary["ranks"]) == 12
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    evaluations = [line for line in lines if line.get("split") == "validation"]
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert summary["score"] == evaluations[-1]["accuracy"] and summary["best_score"] >= summary["score"]
+    assert (folder / "checkpoints" / "12").is_dir()
+
+    plans = method in ("oplora", "lora")
+    assert (folder / "ranks.png").exists() == (folder / "adapter").exists() == plans
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method == "oplora")
+    if method == "oplora":
+        assert summary["adapter_params"] <= 1500 and summary["allocation"]["gap"] == 0.0
+
+
+def test_the_exported_adapter_is_the_trained_one(tiny_bert, tiny_rte, tmp_path):
+    """Rebuild the model from the adapter folder alone: its accuracy on the validation rows is the run's score."""
+    summary = glue(tiny_bert, tiny_rte, tmp_path / "run", method="oplora", budget=1500, learning_rate=1e-2)
+    model = load_classifier(tiny_bert, num_labels=2, seed=0)
+    sites = find_sites(model.params)
+    adapters, masks = load_peft(tmp_path / "run" / "adapter", sites, torch_paths=model.torch_paths)
+    assert {p: summary["ranks"][p] for p in adapters if p in summary["ranks"]} == {p: len(m) for p, m in masks.items()}
+    rows = load_task("rte", tiny_rte)["validation"]
+    batches = Batches(encode(rows, tiny_bert, 32, cache_dir=None), 7, None)
+    forward = jax.jit(
+        lambda batch: predict(lambda *a, **k: attach(model.model)(model.params, adapters, masks, *a, **k), batch)
+    )
+    logits = batches.restore([np.asarray(forward(batch)) for batch in batches.all()])
+    assert 100 * (logits.argmax(1) == rows.labels).mean() == pytest.approx(summary["score"])
+
+
+def test_the_same_seed_gives_the_same_run(tiny_bert, tiny_rte, tmp_path):
+    def losses(name, **settings):
+        glue(tiny_bert, tiny_rte, tmp_path / name, method="lora", epochs=1, log_steps=1, **settings)
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    first, again, other = losses("a"), losses("b"), losses("c", seed=7)
+    assert first == again and first != other
+    # Two microbatches sum up the same mean loss, but for dropout and the order of additions.
+    assert losses("d", accumulate=2)[0] == pytest.approx(first[0], rel=0.1)
+
+
+def test_overwriting_is_asked_for(tiny_bert, tiny_rte, tmp_path):
+    from jaxprune import UsageError
+
+    folder = tmp_path / "run"
+    glue(tiny_bert, tiny_rte, folder, method="lora", max_steps=1)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds a finished run; pass --overwrite"):
+        glue(tiny_bert, tiny_rte, folder, method="lora", max_steps=1)
+    assert glue(tiny_bert, tiny_rte, folder, method="bitfit", max_steps=2, overwrite=True)["steps"] == 2
+    assert (folder / "notes.txt").exists() and not (folder / "adapter").exists()
+
+
+def test_a_frozen_head_stays_as_it_was(tiny_bert, tiny_rte, tmp_path):
+    summary = glue(tiny_bert, tiny_rte, tmp_path / "run", method="oplora", budget=1500, train_head=False, max_steps=2)
+    assert summary["head_params"] == 0 and (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("score", ["squared", "top10", "activation", "weight"])
+def test_every_score_plans(score, tiny_bert, tiny_rte, tmp_path):
+    summary = glue(tiny_bert, tiny_rte, tmp_path / "run", score=score, budget=1500, max_steps=1)
+    assert 0 < summary["adapter_params"] <= 1500
+
+
+def test_presets_give_way_to_flags():
+    config = parse(GlueConfig, ["--preset", "paper", "--task", "cola", "--epochs", "3"], "glue").resolve()
+    assert (config.learning_rate, config.budget, config.max_length, config.epochs) == (9.3e-4, 1_250_000, 256, 3)
+    assert GlueConfig(preset="efficiency", method="lora", task="mnli").resolve().warmup == 3000
+    # A preset that clips nothing keeps it so, and 0 is not "not given".
+    assert not GlueConfig(preset="paper", method="full", task="mnli").resolve().max_grad_norm
+    assert GlueConfig(max_grad_norm=0.0).resolve().max_grad_norm == 0.0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_learning_rate_schedules(kind):
+    schedule = make_schedule(GlueConfig(learning_rate=2.0, warmup=0.1, schedule=kind), 100)
+    half = 1.0 if kind == "linear" else 1 + np.cos(np.pi * 45 / 90)
+    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 55, 100)], [0, 1, 2, half, 0], atol=1e-6)
+    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=0), 10)(0) == 2.0
+    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=4), 10)(2) == 1.0
+
+
+def test_the_command_says_one_line_and_two(tmp_path):
+    """As a process: status 2, one line on standard error, no folder."""
+    command = [sys.executable, "-m", "experiments.glue", "--rnak", "4", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    (line,) = done.stderr.splitlines()
+    assert "--rnak" in line and "nearest known: --rank" in line
