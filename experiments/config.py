@@ -42,16 +42,14 @@ class GlueConfig:
     """folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub"""
     preset: str | None = None
     """the papers' settings for method and task: paper (tables 9 to 11) or efficiency (tables 12 to 14)"""
-    rank: int = 8
-    """components at every site, for lora"""
+    rank: int | None = None
+    """lora: components at every site [8]; oplora: the most that a site may get [16]"""
     alpha: float | None = None
-    """scale of the adapters is alpha / rank [2 * rank]"""
+    """the scale of an adapter is alpha / its rank [twice its rank, a scale of 2]"""
     targets: str = "all-linear"
     """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION"""
     budget: int | None = None
     """adapter parameters oplora may spend [half of uniform rank 16]"""
-    max_rank: int = 16
-    """oplora chooses each site's rank from 0 to this"""
     score: Literal["absolute", "squared", "top10", "activation", "weight"] = "absolute"
     """what oplora scores sites by"""
     score_batches: int = 5
@@ -114,6 +112,8 @@ class GlueConfig:
             name: {**DEFAULTS, **known}[name] for name in DEFAULTS if name in names and getattr(self, name) is None
         }
         folder = self.output_dir or Path("runs") / f"{task}-{self.method}-{self.seed}"
+        if self.rank is None:
+            open_["rank"] = 16 if self.method == "oplora" else 8
         config = replace(self, task=task, model=model, output_dir=folder, **open_)
         config._check()
         return config
@@ -125,7 +125,7 @@ class GlueConfig:
                 if value is not None and not value >= low:
                     raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; expected {low} or more")
 
-        at_least(1, "rank", "max_rank", "budget", "epochs", "max_steps", "batch_size", "accumulate", "eval_steps")
+        at_least(1, "rank", "budget", "epochs", "max_steps", "batch_size", "accumulate", "eval_steps")
         at_least(1, "log_steps", "max_train_samples", "score_batches")
         at_least(3, "max_length")
         at_least(0, "warmup", "weight_decay", "max_grad_norm", "lora_dropout", "time_limit", "seed")
@@ -139,6 +139,11 @@ class GlueConfig:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts"
             )
+
+    def idle(self) -> list[str]:
+        """Name the flags that were given and that the method does not use."""
+        uses = {"lora": ("rank", "alpha"), "oplora": ("rank", "alpha", "budget")}.get(self.method, ())
+        return [name for name in ("rank", "alpha", "budget") if getattr(self, name) is not None and name not in uses]
 
     def target_patterns(self) -> str | list[str]:
         """Return `targets` as `find_sites` takes it."""

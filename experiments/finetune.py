@@ -49,6 +49,8 @@ def run(config: GlueConfig) -> dict[str, Any]:
     """Run one fine-tuning, print what happens, and return what `summary.json` holds."""
     clock = Clock()
     _introduce(config)
+    for name in config.idle():
+        print(f"note       --{name} has no effect with --method {config.method}")
     config = config.resolve()
     assert config.task and config.model and config.output_dir and config.epochs
     task, folder = get_task(config.task), config.output_dir
@@ -176,12 +178,13 @@ def make_loss(task: Task) -> Any:
 
 def make_method(config: GlueConfig) -> methods.Method:
     """Make the method that the settings name."""
+    assert config.rank
     if config.method == "lora":
         return methods.lora(rank=config.rank, alpha=config.alpha, dropout=config.lora_dropout)
     if config.method == "oplora":
         return methods.oplora(
-            budget=config.budget, score=config.score, ranks=range(config.max_rank + 1), solver=config.solver,
-            time_limit=config.time_limit, dropout=config.lora_dropout,
+            budget=config.budget, score=config.score, ranks=range(config.rank + 1), solver=config.solver,
+            time_limit=config.time_limit, alpha=config.alpha, dropout=config.lora_dropout,
         )  # fmt: skip
     return methods.full() if config.method == "full" else methods.bitfit()
 

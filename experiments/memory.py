@@ -12,7 +12,9 @@ import os
 import sys
 
 # One arena, as only the main one can keep large blocks; no block of its own mapping; nothing trimmed; huge pages.
-_TUNABLES = f"glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**46}:glibc.malloc.hugetlb=1"
+_TUNABLES = (
+    f"glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**46}:glibc.malloc.hugetlb=1"
+)
 
 
 def keep_memory() -> None:

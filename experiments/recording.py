@@ -22,7 +22,7 @@ from experiments.packing import Batches
 from experiments.tasks import Task
 from jaxprune import report
 from jaxprune.errors import UsageError
-from jaxprune.train import TrainState
+from jaxprune.train import NonFiniteError, TrainState
 
 _OURS = ("summary.json", "metrics.jsonl", "ranks.png", "adapter", "checkpoints", "tensorboard")
 
@@ -88,7 +88,12 @@ class Recorder:
         with self._clock.timing("eval"):
             for split, batches in self._validation.items():
                 outputs = [self._predict(self._params, state.adapters, state.masks, batch) for batch in batches.all()]
-                metrics = compute(self._task, batches.restore(jax.device_get(outputs)), self._labels[split])
+                logits = batches.restore(jax.device_get(outputs))
+                if not np.isfinite(logits).all():
+                    raise NonFiniteError(
+                        f"step {number}: the outputs on {split} are not finite; lower the learning rate"
+                    )
+                metrics = compute(self._task, logits, self._labels[split])
                 self._write(number, {"split": split, **metrics})
                 if split == self._task.validation[0]:
                     self.last = metrics
@@ -125,6 +130,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    """Make the output folder, and clear it of what an earlier run left; other files in it are not touched."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _OURS:

@@ -27,7 +27,7 @@ def oplora(
     ranks: Sequence[int] = range(17),
     solver: str = "auto",
     time_limit: float = 60.0,
-    scale: float = 2.0,
+    alpha: float | None = None,
     dropout: float = 0.0,
 ) -> Method:
     """Choose each site's rank by a MILP, then train plain LoRA.
@@ -38,7 +38,7 @@ def oplora(
       ranks: candidate ranks.
       solver: `auto`, `CBC`, `GLPK_MI`, `HIGHS` or `DP`.
       time_limit: seconds the solver may take.
-      scale: s = alpha / r of every adapter, whatever its rank.
+      alpha: numerator of s = alpha / r at each site; None for twice the rank, that is s = 2 everywhere.
       dropout: rate of the dropout on the adapters' inputs.
     """
 
@@ -50,6 +50,6 @@ def oplora(
         )
         limit = default_budget(context.sites) if budget is None else budget
         plan = allocate(scores, context.sites, limit, ranks=ranks, solver=solver, time_limit=time_limit)
-        return Start(*init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan)
+        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
 
     return Method(start)

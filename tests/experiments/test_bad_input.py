@@ -85,7 +85,9 @@ def test_settings_against_model_and_data(kind, tiny_bert, tiny_rte, tmp_path):
 
 def break_rows(rows):
     return {
-        "wrong label column": [{"lable" if name == "label" else name: value for name, value in row.items()} for row in rows],
+        "wrong label column": [
+            {"lable" if name == "label" else name: value for name, value in row.items()} for row in rows
+        ],
         "label out of range": [*rows[:3], {**rows[3], "label": 7}],
         "label that is NaN": [*rows[:3], {**rows[3], "label": float("nan")}],
         "missing text": [*rows[:3], {**rows[3], "sentence2": None}],

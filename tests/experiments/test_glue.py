@@ -32,7 +32,7 @@ def glue(tiny_bert, tiny_rte, folder, **settings):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, capsys):
     folder = tmp_path / "run"
-    summary = glue(tiny_bert, tiny_rte, folder, method=method, budget=1500 if method == "oplora" else None, rank=2)
+    summary = glue(tiny_bert, tiny_rte, folder, method=method, budget=1500 if method == "oplora" else None, rank=4)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     wanted = (
         "method model task seed metric score best_score adapter_params head_params budget ranks layers_adapted steps "
@@ -99,7 +99,16 @@ def test_overwriting_is_asked_for(tiny_bert, tiny_rte, tmp_path):
 
 
 def test_a_frozen_head_stays_as_it_was(tiny_bert, tiny_rte, tmp_path):
-    summary = glue(tiny_bert, tiny_rte, tmp_path / "run", method="oplora", budget=1500, train_head=False, max_steps=2)
+    summary = glue(
+        tiny_bert,
+        tiny_rte,
+        tmp_path / "run",
+        method="oplora",
+        budget=1500,
+        train_head=False,
+        max_steps=2,
+        dtype="bfloat16",
+    )
     assert summary["head_params"] == 0 and (tmp_path / "run" / "adapter").is_dir()
 
 
@@ -107,6 +116,11 @@ def test_a_frozen_head_stays_as_it_was(tiny_bert, tiny_rte, tmp_path):
 def test_every_score_plans(score, tiny_bert, tiny_rte, tmp_path):
     summary = glue(tiny_bert, tiny_rte, tmp_path / "run", score=score, budget=1500, max_steps=1)
     assert 0 < summary["adapter_params"] <= 1500
+
+
+def test_a_flag_that_does_nothing_is_said(tiny_bert, tiny_rte, tmp_path, capsys):
+    glue(tiny_bert, tiny_rte, tmp_path / "run", method="bitfit", rank=4, max_steps=1)
+    assert "--rank has no effect with --method bitfit" in capsys.readouterr().out
 
 
 def test_presets_give_way_to_flags():
