@@ -1,19 +1,16 @@
-"""Task data: rows from a folder or the Hub, and their tokens as compact arrays, cached on disk.
+"""Task data: rows from a folder or the Hub, checked.
 
 Whatever is wrong with a file is said in one line that names the file and the row.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
 import re
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,6 @@ import numpy as np
 from experiments.tasks import Task, get_task
 from jaxprune.errors import UsageError
 
-_VERSION = b"1"  # of the arrays below; a new one makes old cache files unreachable
 _FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 
 
@@ -48,26 +44,6 @@ class Rows:
     def first(self, n: int | None) -> Rows:
         """Return the first `n` rows; all of them for None."""
         return self if n is None else Rows(tuple(column[:n] for column in self.texts), self.labels[:n], self.source)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Hold the tokens of n examples, end to end.
-
-    Args:
-        ids: int32 `(tokens,)`.
-        type_ids: int8 `(tokens,)`, 1 in the second text of a pair where the tokenizer says so.
-        offsets: int64 `(n + 1,)`; example i is `ids[offsets[i]:offsets[i + 1]]`.
-        labels: `(n,)`, int32 or, for regression, float32.
-    """
-
-    ids: np.ndarray
-    type_ids: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def load_task(
@@ -110,47 +86,6 @@ def load_task(
         files = _split_files(task, Path(data_dir))
         splits = {split: _check(task, _read_all(paths), str(paths[0])) for split, paths in files.items()}
     return {s: splits[s].first(max_train_samples if s == "train" else max_eval_samples) for s in task.splits}
-
-
-def encode(
-    rows: Rows,
-    model_dir: str | os.PathLike[str],
-    max_length: int = 128,
-    cache_dir: str | os.PathLike[str] | None = "auto",
-) -> Encoded:
-    """Tokenize rows with a model folder's fast tokenizer, exactly as `transformers.AutoTokenizer` does.
-
-    Pairs are cut to `max_length` by shortening the longer text first.
-
-    Args:
-        rows: what `load_task` returns for one split.
-        model_dir: folder with `tokenizer.json`.
-        max_length: most tokens of an example, special tokens included.
-        cache_dir: where to keep the arrays; None keeps none, "auto" means `jaxprune/tokens` in `$XDG_CACHE_HOME` or
-            `~/.cache`. A damaged file there is made anew.
-
-    Raises:
-        UsageError: there is no usable `tokenizer.json`, or `max_length` leaves no room for text.
-    """
-    path = Path(model_dir) / "tokenizer.json"
-    try:
-        definition = path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"no tokenizer.json in {str(model_dir)!r} ({error.strerror}); expected a model folder "
-            "with a fast tokenizer, as AutoTokenizer.save_pretrained writes it"
-        ) from error
-    side = _truncation_side(path.with_name("tokenizer_config.json"))
-    if cache_dir is None:
-        return _tokenize(rows, path, definition, max_length, side)
-    if cache_dir == "auto":
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxprune" / "tokens"
-    cached = Path(cache_dir) / f"{_key(rows, definition, max_length, side)}.npz"
-    encoded = _read_cache(cached)
-    if encoded is None:
-        encoded = _tokenize(rows, path, definition, max_length, side)
-        _write_cache(cached, encoded)
-    return encoded
 
 
 # Files
@@ -359,78 +294,3 @@ def _names(table: dict[str, list[Any]]) -> str:
 def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
-
-
-# Tokens
-
-
-def _tokenize(rows: Rows, path: Path, definition: bytes, max_length: int, side: str) -> Encoded:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(definition.decode())
-    except Exception as error:  # the library raises plain Exception
-        raise UsageError(
-            f"{path}: not a tokenizer ({str(error).splitlines()[0]}); get the model folder again"
-        ) from error
-    special = tokenizer.num_special_tokens_to_add(len(rows.texts) == 2)
-    if max_length <= special + 1:
-        raise UsageError(
-            f"max_length is {max_length}; expected at least {special + 2}, as {special} tokens are special"
-        )
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
-    ids, type_ids, lengths = [], [], []
-    for start in range(0, len(rows), 4096):  # the library's own objects are large
-        columns = [column[start : start + 4096] for column in rows.texts]
-        for e in tokenizer.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))):
-            ids.append(np.array(e.ids, np.int32))
-            type_ids.append(np.array(e.type_ids, np.int8))
-            lengths.append(len(ids[-1]))
-    return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.append(0, np.cumsum(lengths)), rows.labels)
-
-
-def _truncation_side(config: Path) -> str:
-    """Return from which end the model folder wants texts cut."""
-    try:
-        return json.loads(config.read_text("utf-8")).get("truncation_side", "right")
-    except FileNotFoundError:
-        return "right"
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{config}: not a readable JSON object ({error}); get the model folder again") from error
-
-
-def _key(rows: Rows, definition: bytes, max_length: int, side: str) -> str:
-    settings = (max_length, side, len(rows.texts), len(rows), rows.labels.dtype.str)
-    digest = hashlib.sha256(_VERSION + str(settings).encode())
-    digest.update(hashlib.sha256(definition).digest())
-    digest.update(rows.labels.tobytes())
-    for column in rows.texts:
-        # JSON, as it marks where a text ends, and surrogates survive it.
-        digest.update(json.dumps(column).encode())
-    return digest.hexdigest()
-
-
-def _read_cache(path: Path) -> Encoded | None:
-    """Return the arrays, or None where the file is missing or damaged (zip members carry a checksum)."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            encoded = Encoded(**{name: arrays[name] for name in ("ids", "type_ids", "offsets", "labels")})
-    except Exception:  # of a damaged archive numpy, zipfile and zlib each raise their own
-        return None
-    tokens = encoded.offsets[-1] if len(encoded.offsets) == len(encoded) + 1 else -1
-    return encoded if tokens == len(encoded.ids) == len(encoded.type_ids) else None
-
-
-def _write_cache(path: Path, encoded: Encoded) -> None:
-    """Write beside the file and rename, so that no reader ever sees half of one."""
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            np.savez(file, ids=encoded.ids, type_ids=encoded.type_ids, offsets=encoded.offsets, labels=encoded.labels)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        warnings.warn(f"tokens are not kept for the next run: cannot write {path} ({error.strerror})", stacklevel=3)

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
-from experiments.data import encode, load_task
+from experiments.data import load_task
 from experiments.packing import Batches, evaluation_batches, single_example_batches
 from experiments.recording import Clock, Recorder, check_folder, make_folder, versions
 from experiments.tasks import Task, get_task
+from experiments.tokens import encode
 from jaxprune import methods, report
 from jaxprune.adapters import Adapters, Masks, count, init_weights
 from jaxprune.attach import attach

@@ -12,9 +12,10 @@ import pytest
 
 from experiments.cli import parse
 from experiments.config import GlueConfig
-from experiments.data import encode, load_task
+from experiments.data import load_task
 from experiments.finetune import make_schedule, predict, run
 from experiments.packing import Batches
+from experiments.tokens import encode
 from jaxprune import attach, find_sites, load_peft
 from jaxprune.models import load_classifier
 
