@@ -33,7 +33,11 @@ def _one_line(box: str) -> str:
     """Fold a boxed message into one line: its first paragraph, and the flag it suggests."""
     inner = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     paragraphs = re.split(r"\n─+\n", "\n".join(inner))
-    message = " ".join(paragraphs[0].split()) or "the command line could not be understood"
+    message = " ".join(paragraphs[0].split()).rstrip(".") or "the command line could not be understood"
+    # Of a value that may be left open tyro says at length that it is neither None nor a number.
+    message = re.sub(
+        r"no type matching \S+ could be instantiated from \['(.*?)'\].*<class '(\w+)'>.*", r"\1 is no \2", message
+    )
     suggestions = re.findall(r"^(--[\w-]+)", "\n".join(p for p in paragraphs if "meant" in p), re.MULTILINE)
     hint = f"; nearest known: {', '.join(dict.fromkeys(suggestions))}" if suggestions else ""
     return f"{message}{hint}; --help lists every flag"

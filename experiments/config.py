@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from experiments.presets import preset
 from jaxprune.errors import UsageError
@@ -25,6 +27,13 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 
+# What may be left open: its docstring says in brackets what then stands, so that help need not add "None".
+Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+
+
 @dataclass(frozen=True)
 class GlueConfig:
     """Fine-tune an encoder on a GLUE task and let the method decide where rank is worth its cost.
@@ -34,21 +43,21 @@ class GlueConfig:
 
     method: Literal["oplora", "lora", "full", "bitfit"] = "oplora"
     """how to fine-tune"""
-    model: str | None = None
+    model: Text = None
     """hub id or local folder of a BERT, RoBERTa or DistilBERT [sentence-transformers/all-MiniLM-L6-v2]"""
-    task: str | None = None
+    task: Text = None
     """cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or grammar, which is built in [grammar]"""
-    data_dir: Path | None = None
+    data_dir: Folder = None
     """folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub"""
-    preset: str | None = None
+    preset: Text = None
     """the papers' settings for method and task: paper (tables 9 to 11) or efficiency (tables 12 to 14)"""
-    rank: int | None = None
+    rank: Whole = None
     """lora: components at every site [8]; oplora: the most that a site may get [16]"""
-    alpha: float | None = None
+    alpha: Number = None
     """the scale of an adapter is alpha / its rank [twice its rank, a scale of 2]"""
     targets: str = "all-linear"
     """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION"""
-    budget: int | None = None
+    budget: Whole = None
     """adapter parameters oplora may spend [half of uniform rank 16]"""
     score: Literal["absolute", "squared", "top10", "activation", "weight"] = "absolute"
     """what oplora scores sites by"""
@@ -58,27 +67,27 @@ class GlueConfig:
     """auto, CBC, GLPK_MI, HIGHS or DP"""
     time_limit: float = 60.0
     """seconds the solver may take; then its best plan so far is used, and said to be so"""
-    epochs: int | None = None
+    epochs: Whole = None
     """passes over the training data [5]"""
-    max_steps: int | None = None
+    max_steps: Whole = None
     """stop after so many optimiser steps; the learning-rate schedule ends there too"""
-    learning_rate: float | None = None
+    learning_rate: Number = None
     """peak learning rate of AdamW [0.001]"""
     schedule: Literal["linear", "cosine"] = "linear"
     """how the learning rate falls to zero after warm-up"""
-    warmup: float | None = None
+    warmup: Number = None
     """warm-up: a share of all steps if below 1, else a number of steps [0.06]"""
-    weight_decay: float | None = None
+    weight_decay: Number = None
     """decoupled weight decay [0.01]"""
-    max_grad_norm: float | None = None
+    max_grad_norm: Number = None
     """clip gradients to this global norm; 0 clips nothing [1.0]"""
     batch_size: int = 32
     """examples a step"""
     accumulate: int = 1
     """split each batch into so many microbatches to save memory"""
-    max_length: int | None = None
+    max_length: Whole = None
     """truncate examples to so many tokens [128]"""
-    max_train_samples: int | None = None
+    max_train_samples: Whole = None
     """train on the first so many examples only"""
     train_head: bool = True
     """train the classification head too; with --no-train-head it stays at its random start"""
@@ -86,13 +95,13 @@ class GlueConfig:
     """dropout on the adapters' inputs"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what the model computes in; parameters stay float32"""
-    eval_steps: int | None = None
+    eval_steps: Whole = None
     """evaluate every so many steps [once an epoch]"""
     log_steps: int = 10
     """write a line to metrics.jsonl every so many steps"""
     seed: int = 42
     """decides initial values, the order of the data and dropout"""
-    output_dir: Path | None = None
+    output_dir: Folder = None
     """where the run's files go [runs/TASK-METHOD-SEED]"""
     overwrite: bool = False
     """replace a finished run in the output folder"""

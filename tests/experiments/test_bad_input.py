@@ -162,3 +162,8 @@ def test_a_missing_solver_says_how_to_get_it(tiny_bert, tiny_rte, tmp_path, monk
     assert_matches(
         r"solver CBC is not installed; `pip install cylp`", refused([*arguments, "--solver", "CBC"], tmp_path)
     )
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.config.find_spec", lambda name: None)
+    assert_matches(r"--tensorboard needs tensorboardX.*pip install", refused(["--tensorboard"], tmp_path))

@@ -124,6 +124,13 @@ def test_a_flag_that_does_nothing_is_said(tiny_bert, tiny_rte, tmp_path, capsys)
     assert "--rank has no effect with --method bitfit" in capsys.readouterr().out
 
 
+def test_tensorboard_events(tiny_bert, tiny_rte, tmp_path):
+    pytest.importorskip("tensorboardX")
+    glue(tiny_bert, tiny_rte, tmp_path / "run", method="bitfit", max_steps=2, tensorboard=True)
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events.*")
+    assert b"train/loss" in events.read_bytes() and b"validation/accuracy" in events.read_bytes()
+
+
 def test_presets_give_way_to_flags():
     config = parse(GlueConfig, ["--preset", "paper", "--task", "cola", "--epochs", "3"], "glue").resolve()
     assert (config.learning_rate, config.budget, config.max_length, config.epochs) == (9.3e-4, 1_250_000, 256, 3)
