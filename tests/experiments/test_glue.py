@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -156,3 +157,28 @@ def test_the_command_says_one_line_and_two(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = done.stderr.splitlines()
     assert "--rnak" in line and "nearest known: --rank" in line
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT calls it, not this project
+@pytest.mark.filterwarnings("error")
+def test_real_peft_loads_the_adapter_folder(tiny_bert, tiny_rte, tmp_path, capfd):
+    """PyTorch with the adapter folder gives the logits that JAX with the run's own state gives."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import BertForSequenceClassification
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        glue(tiny_bert, tiny_rte, tmp_path / "run", budget=1500, learning_rate=1e-2)
+        base = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    capfd.readouterr()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    said = capfd.readouterr()
+    assert "issing" not in said.err + said.out and "nexpected" not in said.err + said.out
+
+    model = load_classifier(tiny_bert, num_labels=2)
+    adapters, masks = load_peft(tmp_path / "run" / "adapter", find_sites(model.params), torch_paths=model.torch_paths)
+    ids = np.random.default_rng(0).integers(5, 120, (6, 20))
+    ours = jax.jit(lambda ids: attach(model.model)(model.params, adapters, masks, ids))(ids)
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor(ids), attention_mask=torch.ones(6, 20)).logits
+    np.testing.assert_allclose(ours, logits.numpy(), atol=1e-5)
