@@ -384,8 +384,14 @@ class _Setting:
 
     def __init__(self, config: Mapping[str, Any], name: str, patterns: str):
         self.default = config.get(name, 8)
+        own = config.get(patterns) or {}
+        values = [self.default, *(own.values() if isinstance(own, Mapping) else [None])]
+        if not all(isinstance(value, int | float) and value > 0 for value in values):
+            raise UsageError(
+                f"{_CONFIG}: {name} and {patterns} must be positive numbers, got {self.default!r} and {own!r}"
+            )
         try:
-            self.own = [(re.compile(rf"(.*\.)?({key})$"), own) for key, own in (config.get(patterns) or {}).items()]
+            self.own = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in own.items()]
         except re.error as error:
             raise UsageError(f"{patterns} has a key that is not a regular expression: {error}") from None
 

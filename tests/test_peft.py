@@ -251,6 +251,8 @@ def folder(tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
+        ({"r": "eight"}, "must be positive numbers"),
+        ({"rank_pattern": [2]}, "must be positive numbers"),
     ],
 )
 def test_other_kinds_are_refused_by_name(folder, config, message):
