@@ -113,6 +113,8 @@ def run(config: GlueConfig) -> dict[str, Any]:
             pause=recorder.evaluate,
         )  # fmt: skip
 
+    recorder.close()
+
     summary = {
         "method": config.method, "model": config.model, "task": task.name, "seed": config.seed, "metric": task.metric,
         "score": recorder.last[task.metric], "best_score": recorder.best, "metrics": recorder.last,

@@ -103,13 +103,17 @@ class Recorder:
         self.best = max(self.best, score)
         return f"{self._task.metric} {score:.1f}"
 
+    def close(self) -> None:
+        """Finish the TensorBoard file, whose writer keeps the last events back."""
+        if self._board:
+            self._board.close()
+
     def _write(self, number: int, values: dict[str, Any]) -> None:
         report.append_jsonl(self._path, {"step": number, **values, "seconds": round(self._clock.total()["total"], 3)})
         if self._board:
             for name, value in values.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
-            self._board.flush()
 
 
 def versions() -> dict[str, str]:
