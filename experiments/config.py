@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,10 +116,7 @@ class GlueConfig:
         """
         task, model = self.task or DEFAULT_TASK, self.model or DEFAULT_MODEL
         known = preset(self.preset, self.method, task) if self.preset else {}
-        names = {field.name for field in fields(self)}
-        open_ = {
-            name: {**DEFAULTS, **known}[name] for name in DEFAULTS if name in names and getattr(self, name) is None
-        }
+        open_ = {name: {**DEFAULTS, **known}[name] for name in DEFAULTS if getattr(self, name) is None}
         folder = self.output_dir or Path("runs") / f"{task}-{self.method}-{self.seed}"
         if self.rank is None:
             open_["rank"] = 16 if self.method == "oplora" else 8

@@ -2,7 +2,7 @@
 
 XLA takes a step's temporary memory from malloc and frees it at the end. glibc gives blocks of that size back to the
 kernel, so that every step touches over a gigabyte of fresh pages, 4 KiB at a time. Told to keep what is freed, and to
-ask for pages of 2 MiB, a step at RoBERTa-base size took 2.33 instead of 3.1 s on two cores, and one at MiniLM size 0.36
+ask for pages of 2 MiB, a step at RoBERTa-base size took 2.35 instead of 3.1 s on two cores, and one at MiniLM size 0.36
 instead of 0.46 s (`python -m experiments.bench step`; with GLIBC_TUNABLES set to anything, nothing is changed).
 """
 

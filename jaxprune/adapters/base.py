@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-@runtime_checkable
 class Adapter(Protocol):
     """The adapter of one site; `x_NxI` are flattened tokens, `mask` is (r,) or None, `key` is None outside training."""
 

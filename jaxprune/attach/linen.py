@@ -42,9 +42,8 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
 
         def intercept(next_fun, args, kwargs, context):
             module = context.module
-            if not (context.method_name == "__call__" and module.has_variable("params", _KEY)):
-                return next_fun(*args, **kwargs)
-            if not isinstance(module, nn.Dense):
+            called = isinstance(module, nn.Dense) and context.method_name == "__call__"
+            if not (called and module.has_variable("params", _KEY)):
                 return next_fun(*args, **kwargs)
             adapter, mask = module.get_variable("params", _KEY)
             reached.add("/".join(module.path))

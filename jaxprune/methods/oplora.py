@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxprune.adapters import init_lora
-from jaxprune.allocate import allocate, default_budget
+from jaxprune.allocate import allocate
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.scores import site_scores
 
@@ -48,8 +48,7 @@ def oplora(
         scores = site_scores(
             score, context.forward, context.loss_fn, context.params, context.sites, data, per_sample=per_sample
         )
-        limit = default_budget(context.sites) if budget is None else budget
-        plan = allocate(scores, context.sites, limit, ranks=ranks, solver=solver, time_limit=time_limit)
+        plan = allocate(scores, context.sites, budget, ranks=ranks, solver=solver, time_limit=time_limit)
         return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
 
     return Method(start)
