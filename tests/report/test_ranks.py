@@ -1,15 +1,10 @@
-import json
-import math
-import subprocess
-import sys
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from jaxprune.errors import UsageError
-from jaxprune.report import append_jsonl, plot_ranks, write_json
+from jaxprune.report import plot_ranks, plot_ranks_before_after
 from jaxprune.sites import Site
 
 TYPES = {"attention/query": (8, 8), "attention/key": (8, 8), "fc1": (8, 32), "fc2": (32, 8)}
@@ -21,20 +16,6 @@ def make_sites(layers, types=TYPES):
         for i in range(layers)
         for path, shape in types.items()
     ]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures as they were when they were saved."""
-    figures = []
-    savefig = Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        figures.append(self)
-        return savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def cells(figure):
@@ -58,9 +39,14 @@ def test_every_cell_shows_its_rank(tmp_path, drawn):
     assert axes.get_title() == "368 adapter parameters, 36.8 % of the budget of 1,000"
 
 
+def inside(figure, texts):
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+
+
 def contrast(text, background):
     """Contrast ratio of WCAG 2, 1 to 21."""
-    from matplotlib.colors import to_rgb
 
     def luminance(colour):
         rgb = np.array(to_rgb(colour))
@@ -80,9 +66,7 @@ def test_labels_are_inside_the_picture_and_readable(tmp_path, drawn, layers, top
     figure = drawn[0]
     axes, bar = figure.axes
     labels = [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar.get_yticklabels(), axes.title, axes.yaxis.label]
-    for text in [*labels, *figure.texts]:
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+    inside(figure, [*labels, *figure.texts])
     down = sorted(text.get_window_extent().y0 for text in axes.get_yticklabels())
     height = axes.get_yticklabels()[0].get_window_extent().height
     assert np.diff(down).min() > height
@@ -122,70 +106,53 @@ def test_stacked_site_is_a_column_of_its_layers(tmp_path, drawn):
     assert drawn[0].axes[0].get_title() == "100 adapter parameters"
 
 
-def test_ranks_of_unknown_sites_and_unwritable_files_are_errors(tmp_path):
+def test_ranks_of_unknown_sites_are_errors(tmp_path):
     sites = make_sites(1)
     with pytest.raises(UsageError, match="'encoder/layer_0/fc3', which is not a site.*fc1"):
         plot_ranks({"encoder/layer_0/fc3": 1}, sites, tmp_path / "ranks.png")
+    with pytest.raises(UsageError, match="'encoder/layer_0/fc3', which is not a site.*fc1"):
+        plot_ranks_before_after({}, {"encoder/layer_0/fc3": 1}, sites, tmp_path / "ranks.png")
     with pytest.raises(UsageError, match="no sites"):
         plot_ranks({}, [], tmp_path / "ranks.png")
-    (tmp_path / "file").write_text("")
-    for write in (lambda path: plot_ranks({}, sites, path), lambda path: write_json(path, 1),
-                  lambda path: append_jsonl(path, 1)):  # fmt: skip
-        with pytest.raises(UsageError, match="cannot write .*file/x"):
-            write(tmp_path / "file" / "x")
 
 
-def test_drawing_needs_no_display_and_leaves_no_state(tmp_path):
-    code = (
-        "import sys\nimport jaxprune.report as r\nassert 'matplotlib' not in sys.modules\n"
-        "from jaxprune.sites import Site\n"
-        f"r.plot_ranks({{'a': 1}}, [Site('a', 2, 2, 0, 'a')], {str(tmp_path / 'x.png')!r})\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def pixel(picture, axes, column, row):
+    """The colour (3,) near a cell's corner, where no number stands, read from the pixels of the file."""
+    x, y = axes.transData.transform((column + 0.1, row + 0.15))
+    return picture[picture.shape[0] - 1 - int(y), int(x), :3]
 
 
-def test_json_of_numpy_and_jax_values(tmp_path):
-    obj = {
-        "np": np.float32(0.5), "int": np.int64(3), "flag": np.bool_(True), "array": np.array([[1.0, np.nan]]),
-        "jax": jnp.array(2), "nan": math.nan, "inf": -math.inf, "path": tmp_path, "tuple": (1, None, "ü"),
-        7: {"x": True},
-    }  # fmt: skip
-    write_json(tmp_path / "new" / "summary.json", obj)
-    assert json.loads((tmp_path / "new" / "summary.json").read_text(), parse_constant=pytest.fail) == {
-        "np": 0.5, "int": 3, "flag": True, "array": [[1.0, None]], "jax": 2, "nan": None, "inf": None,
-        "path": str(tmp_path), "tuple": [1, None, "ü"], "7": {"x": True},
-    }  # fmt: skip
+def test_before_and_after_have_the_same_colours_and_removed_sites_are_crossed_out(tmp_path, drawn):
+    sites = make_sites(3)
+    before = {sites[0].path: 8, sites[1].path: 5, sites[2].path: 16, sites[6].path: 3}
+    after = {sites[0].path: 8, sites[1].path: 0, sites[2].path: 3}
+    plot_ranks_before_after(before, after, sites, tmp_path / "x.png", title="DPLoRA on RTE")
+    figure = drawn[0]
+    left, right, bar = figure.axes
+    texts = [{text.get_position(): text.get_text() for text in axes.texts} for axes in (left, right)]
+    zeros = {(i + 0.5, j + 0.5): "0" for i in range(4) for j in range(3)}
+    assert texts[0] == zeros | {(0.5, 0.5): "8", (1.5, 0.5): "5", (2.5, 0.5): "16", (2.5, 1.5): "3"}
+    assert texts[1] == zeros | {(0.5, 0.5): "8", (1.5, 0.5): "×", (2.5, 0.5): "3", (2.5, 1.5): "×"}
+    # 8 (8 + 8) + 5 (8 + 8) + 19 (8 + 32) before, 8 (8 + 8) + 3 (8 + 32) after
+    assert left.get_title() == "before: 968 adapter parameters"
+    assert right.get_title() == "after: 248 adapter parameters (25.6 %)"
+    assert figure.legends[0].get_texts()[0].get_text() == "had a rank, removed by pruning (2 of 4)"
+
+    picture = imread(tmp_path / "x.png")
+    assert picture.shape[:2] == (round(figure.bbox.height), round(figure.bbox.width))
+    assert np.array_equal(pixel(picture, left, 0, 0), pixel(picture, right, 0, 0))
+    assert np.array_equal(pixel(picture, left, 2, 1), pixel(picture, right, 2, 0))
+    white, removed = pixel(picture, right, 3, 2), pixel(picture, right, 1, 0)
+    assert np.array_equal(white, [1, 1, 1]) and np.array_equal(pixel(picture, left, 3, 2), white)
+    assert np.ptp(removed) == 0 and removed[0] < 0.9
+    assert np.array_equal(removed, pixel(picture, right, 2, 1))
+    inside(figure, [left.title, right.title, *figure.legends[0].get_texts(), *bar.get_yticklabels()])
+    assert left.title.get_window_extent().x1 < right.title.get_window_extent().x0
 
 
-def test_json_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-
-    def disk_full(self, content):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="No space left on device"):
-        patch.setattr("pathlib.Path.write_bytes", disk_full)
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_jsonl_survives_a_torn_line(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    append_jsonl(path, {"step": 1, "loss": np.float32(0.25)})
-    append_jsonl(path, {"step": 2, "loss": math.nan})
-    with open(path, "a") as file:
-        file.write('{"step": 3, "lo')
-    append_jsonl(path, {"step": 4})
-    lines = path.read_text().splitlines()
-    assert [json.loads(line) for line in (*lines[:2], lines[3])] == [
-        {"step": 1, "loss": 0.25},
-        {"step": 2, "loss": None},
-        {"step": 4},
-    ]
-    assert len(lines) == 4
+def test_nothing_removed_needs_no_legend(tmp_path, drawn):
+    sites = [Site("layers/wq", 4, 6, 0, "wq", (2,)), Site("layers/wo", 6, 4, 0, "wo", (2,))]
+    plot_ranks_before_after({"layers/wq": [2, 3]}, {"layers/wq": [2, 1]}, sites, tmp_path / "x.png")
+    assert not drawn[0].legends
+    assert "×" not in {text.get_text() for axes in drawn[0].axes for text in axes.texts}
+    assert drawn[0].axes[1].get_title() == "after: 30 adapter parameters (60.0 %)"
