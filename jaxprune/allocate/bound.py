@@ -21,18 +21,44 @@ class Relaxed(NamedTuple):
       bound: no plan is worth more, in the units of `Problem.value`.
       choice: (S,) indices into the ranks of a plan that meets every constraint.
       open: (S, K) bool, the ranks that a plan better than `choice` may still take; holds `choice` itself.
+      stages: the stages of the problem that a better plan may lie in, and that of `choice`.
     """
 
     bound: float
     choice: np.ndarray
     open: np.ndarray
+    stages: tuple[Problem, ...]
 
 
 def relax(problem: Problem) -> Relaxed:
+    """Relax every stage of the problem; without a clock it has one.
+
+    Each plan of the problem is a plan of some stage, so the largest of their bounds bounds it, and each plan of a stage
+    is one of the problem, so the best of their choices may be taken. A plan better than that choice is a plan of some
+    stage s better than that choice; it takes only ranks that s leaves open against that choice. The union of the open
+    ranks over the stages therefore holds every better plan, and a stage whose bound is below that choice holds none.
+    """
+    priced = [_price(stage) for stage in problem.stages]
+    worths = [problem.worth(choice) for _, _, choice in priced]
+    first = int(np.argmax(worths))  # of equals the stage where back-propagation ends first
+    choice = priced[first][2]
+    keep = np.zeros(problem.value.shape, bool)
+    keep[np.arange(len(keep)), choice] = True
+    stages: list[Problem] = []
+    for number, (stage, (bound, price, _)) in enumerate(zip(problem.stages, priced, strict=True)):
+        room = bound - worths[first] + _rounding(problem)
+        if room >= 0 or number == first:
+            keep |= _open(stage, price, room)
+            stages.append(stage)
+    return Relaxed(max(bound for bound, _, _ in priced), choice, keep, tuple(stages))
+
+
+def _price(problem: Problem) -> tuple[float, float, np.ndarray]:
     """Minimise over prices p >= 0 the bound L(p) = p B + max_k sum_l (value - p cost)[l, k_l], types still kept.
 
     L is convex and piecewise linear in p: the price at which the best plan under the budget and the best over it are
-    worth the same is tried next, until no other plan beats both there (exact after finitely many steps).
+    worth the same is tried next, until no other plan beats both there (exact after finitely many steps). Returns the
+    bound, its price and the best plan under the budget that was met.
     """
     value, cost, budget = problem.value, problem.cost, problem.budget
     allowed = np.isfinite(value)
@@ -57,16 +83,17 @@ def relax(problem: Problem) -> Relaxed:
                 best, under, under_worth = choice, spent, worth
             else:
                 over, over_worth = spent, worth
-    best = _fill(problem, best)
+    return bound, price, _fill(problem, best)
 
-    regret = value - price * cost
+
+def _open(problem: Problem, price: float, room: float) -> np.ndarray:
+    """Tell (S, K) which ranks a plan can take that is worth at most `room` less than the bound at this price."""
+    regret = problem.value - price * problem.cost
     regret = regret.max(axis=1, keepdims=True) - regret
-    room = np.full(len(value), bound - problem.worth(best) + _rounding(problem))
+    rooms = np.full(len(regret), room)
     for rows in problem.types.values():  # the bound holds this much less where a type had to be given its rank
-        room[rows] += regret[rows][:, problem.ranks > 0].min()
-    keep = allowed & (regret <= room[:, None])
-    keep[np.arange(len(value)), best] = True
-    return Relaxed(bound, best, keep)
+        rooms[rows] += regret[rows][:, problem.ranks > 0].min()
+    return np.isfinite(problem.value) & (regret <= rooms[:, None])
 
 
 def _choose(problem: Problem, worth: np.ndarray) -> np.ndarray:

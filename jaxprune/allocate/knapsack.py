@@ -17,16 +17,17 @@ MAX_BYTES = 2**30
 
 
 def knapsack(problem: Problem, deadline: float = np.inf) -> np.ndarray | None:
-    """Solve a multiple-choice knapsack in which every type must hold a rank above 0.
+    """Solve a multiple-choice knapsack in which every type must hold a rank above 0, one for each stage of the problem.
 
-    Sites are taken type by type. For every amount b of budget, `some[b]` is the best worth with this type served,
-    `none[b]` the best with all ranks of this type 0 so far:
+    Of stages worth the same the one where back-propagation ends first is taken. In a stage, sites are taken type by
+    type. For every amount b of budget, `some[b]` is the best worth with this type served, `none[b]` the best with all
+    ranks of this type 0 so far:
 
         some'[b] = max( max_{r > 0} max(some, none)[b - cost_r] + value_r,  some[b - cost_0] + value_0 )
         none'[b] = none[b - cost_0] + value_0,        and none = some of the type before where a type begins
 
     Args:
-      problem: the tables; O(S K B / gcd) time, 2 S B / gcd bytes.
+      problem: the tables; a stage takes O(S K B / gcd) time, 2 S B / gcd bytes.
       deadline: `time.perf_counter()` value after which to give up.
 
     Raises:
@@ -35,6 +36,18 @@ def knapsack(problem: Problem, deadline: float = np.inf) -> np.ndarray | None:
     Returns:
       (S,) indices into the ranks, the smallest rank where worths tie; None when the deadline passed.
     """
+    best = None
+    for stage in problem.stages:
+        choice = _stage(stage, deadline)
+        if choice is None:
+            return None
+        if best is None or problem.worth(choice) > problem.worth(best):
+            best = choice
+    return best
+
+
+def _stage(problem: Problem, deadline: float) -> np.ndarray | None:
+    """Solve one problem without a clock; sites that may only take rank 0 are left at it."""
     allowed = np.isfinite(problem.value)
     cheapest = np.where(allowed, problem.cost, np.iinfo(np.int64).max).min(axis=1)
     above = np.where(allowed, problem.cost - cheapest[:, None], 0)
@@ -43,15 +56,15 @@ def knapsack(problem: Problem, deadline: float = np.inf) -> np.ndarray | None:
     most = weight.max(axis=1)
     width = min((problem.budget - sum(cheapest.tolist())) // unit, sum(most.tolist()))
     index = np.uint8 if len(problem.ranks) <= 256 else np.uint16
-    size = len(weight) * (width + 1) * (1 + np.dtype(index).itemsize)
+    types = list(problem.types.values())
+    order = np.concatenate(types)
+    size = len(order) * (width + 1) * (1 + np.dtype(index).itemsize)
     if size > MAX_BYTES:
         raise UsageError(
-            f"the knapsack table takes {size:,} bytes ({len(weight)} sites by {width + 1:,} budget steps of {unit} "
+            f"the knapsack table takes {size:,} bytes ({len(order)} sites by {width + 1:,} budget steps of {unit} "
             f"parameters), over the limit of {MAX_BYTES:,}; choose solver 'HIGHS', 'CBC' or 'GLPK_MI'"
         )
 
-    types = list(problem.types.values())
-    order = np.concatenate(types)
     opens = np.concatenate([np.arange(len(rows)) == 0 for rows in types])  # is it the first site of its type?
     # Only amounts that matter are computed: what the sites so far can spend at most (hi; beyond it nothing changes),
     # and what the sites to come cannot spend (lo).
@@ -85,7 +98,7 @@ def knapsack(problem: Problem, deadline: float = np.inf) -> np.ndarray | None:
         new_some[end:], new_none[end:] = new_some[end - 1], new_none[end - 1]
         some, none = new_some, new_none
 
-    choice = np.zeros(len(order), np.int64)
+    choice = np.zeros(len(weight), np.int64)
     left, served = width, True  # the last type must be served
     for step in range(len(order) - 1, -1, -1):
         row, left = order[step], min(left, hi[step])

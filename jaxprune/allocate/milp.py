@@ -1,8 +1,9 @@
 """The rank program as a mixed-integer linear program in CVXPY, for CBC, GLPK_MI or HiGHS.
 
-Only the ranks that the relaxation leaves open become variables. Worths are taken relative to the plan the relaxation
-found and scaled to 1e6, costs relative to the cheapest open rank in units of their greatest common divisor: gaps are
-set to zero, and what tolerance the solvers keep is then below what float64 tells apart in the worths themselves.
+Only the ranks that the relaxation leaves open become variables, and where step time is limited one variable per stage
+that says where back-propagation ends. Worths are taken relative to the plan the relaxation found and scaled to 1e6,
+costs relative to the cheapest open rank in units of their greatest common divisor: gaps are set to zero, and what
+tolerance the solvers keep is then below what float64 tells apart in the worths themselves.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def installed() -> tuple[str, ...]:
 def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Answer:
     """Solve for one open rank per site with binary x: max value @ x s.t. E x = 1, cost @ x <= budget, T x >= 1.
 
+    With a clock, also for one open stage with binary y: cost @ x <= budgets @ y, sum y = 1, and a site takes a rank
+    above 0 only in stages that allow it. (The cumulative sum of y is the monotone chain "layer k is back-propagated";
+    in y the time limit and the budget are one constraint, on numbers of parameters.)
+
     Args:
       problem: the tables.
       relaxed: its relaxation; ranks it closed are left out.
@@ -57,16 +62,30 @@ def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Ans
     cheapest = np.where(relaxed.open, problem.cost, np.iinfo(np.int64).max).min(axis=1)
     weight = problem.cost[row, rank] - cheapest[row]
     unit = int(np.gcd.reduce(weight)) or 1
-    capacity = (problem.budget - sum(cheapest.tolist())) // unit
+    capacity = np.array([(stage.budget - sum(cheapest.tolist())) // unit for stage in relaxed.stages])
 
     one = sparse.csr_array((np.ones(len(row)), (row, column)), shape=(len(relaxed.choice), len(row)))
     positive = column[problem.ranks[rank] > 0]
-    kind = np.empty(len(relaxed.choice), np.int64)
+    kind = np.zeros(len(relaxed.choice), np.int64)
     for number, rows in enumerate(problem.types.values()):
         kind[rows] = number
-    some = sparse.csr_array((np.ones(len(positive)), (kind[row[positive]], positive)), shape=(kind.max() + 1, len(row)))
+    shape = (len(problem.types), len(row))
+    some = sparse.csr_array((np.ones(len(positive)), (kind[row[positive]], positive)), shape=shape)
     x = cvxpy.Variable(len(row), boolean=True)
-    constraints: list[Any] = [one @ x == 1, (weight // unit) @ x <= capacity, some @ x >= 1]
+    constraints: list[Any] = [one @ x == 1, some @ x >= 1]
+    if len(capacity) == 1:
+        constraints.append((weight // unit) @ x <= capacity[0])
+    else:
+        y = cvxpy.Variable(len(capacity), boolean=True)
+        above = problem.ranks > 0
+        may = np.stack([np.isfinite(stage.value[:, above]).any(axis=1) for stage in relaxed.stages], axis=1)
+        tied = np.unique(row[positive][~may[row[positive]].all(axis=1)])  # sites that some stages leave at rank 0
+        used = sparse.csr_array((np.ones(len(positive)), (row[positive], positive)), shape=one.shape)
+        constraints += [(weight // unit) @ x <= capacity @ y, cvxpy.sum(y) == 1]
+        if len(tied):
+            constraints.append(used[tied] @ x <= may[tied].astype(float) @ y)
+    if solver == "GLPK_MI":  # it aborts the process where its presolver leaves no variable; it leaves a free choice
+        constraints.append(cvxpy.sum(cvxpy.Variable(2, boolean=True)) == 1)
     program = cvxpy.Problem(cvxpy.Maximize((worth * scale) @ x), constraints)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "may be inaccurate" is what the answer says in its own words

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxprune.allocate.problem import check_sites
+from jaxprune.allocate.checks import check_sites
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
@@ -20,7 +20,8 @@ class Plan:
 
     Attributes:
       ranks: site path -> rank, zeros included.
-      objective: what the plan is worth, in the unit of the scores; NaN where nothing was optimised.
+      objective: what the plan is worth, in the unit of the scores, or the loss that a pruning problem minimises; NaN
+        where nothing was optimised.
       status: a sentence on how the plan was found and whether it is proved best.
       gap: (bound - objective) / |objective|, 0 when proved; no plan is worth more than the bound.
       seconds: wall-clock time of solving, without the import of CVXPY.
@@ -29,6 +30,7 @@ class Plan:
       cost: adapter parameters that the plan takes.
       sites: the sites, in the order they were given.
       warnings: what was mended in the input, a sentence each.
+      time: predicted step time relative to uniform rank 16; None where no time budget was given.
     """
 
     ranks: dict[str, int]
@@ -41,6 +43,7 @@ class Plan:
     cost: int
     sites: tuple[Site, ...] = field(repr=False)
     warnings: tuple[str, ...] = ()
+    time: float | None = None
 
     def table(self) -> str:
         """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 100 columns.
@@ -74,7 +77,15 @@ class Plan:
             f"{len(adapted)} of {len(self.sites)} sites in {len({s.layer for s in adapted})} of {len(layers)} layers, "
             f"{self.cost:,} of {self.budget:,} adapter parameters"
         )
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], summary])
+        timing = [] if self.time is None else [time_line(self.time, self.ranks, self.sites)]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], summary, *timing])
+
+
+def time_line(time: float, ranks: Mapping[str, int], sites: Sequence[Site]) -> str:
+    """Say a predicted step time and where back-propagation ends."""
+    lowest = min((s.layer for s in sites if ranks[s.path]), default=None)
+    end = "there is no back-propagation" if lowest is None else f"back-propagation ends at layer {lowest}"
+    return f"Predicted step time {time:.2f} of uniform rank 16; {end}"
 
 
 def uniform_plan(sites: Sequence[Site], rank: int) -> Plan:

@@ -10,10 +10,12 @@ from typing import SupportsFloat
 import numpy as np
 
 from jaxprune.allocate.bound import Relaxed, relax
+from jaxprune.allocate.checks import check_sites
+from jaxprune.allocate.clock import TimeModel, make_clock
 from jaxprune.allocate.knapsack import knapsack
 from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
-from jaxprune.allocate.problem import Problem, check_sites, default_budget, rank_problem
-from jaxprune.allocate.result import Plan
+from jaxprune.allocate.problem import Problem, default_budget, rank_problem
+from jaxprune.allocate.result import Plan, time_line
 from jaxprune.errors import UsageError, nearest
 from jaxprune.sites import Site
 
@@ -31,6 +33,8 @@ def allocate(
     budget: int | None = None,
     *,
     ranks: Sequence[int] = tuple(range(17)),
+    time_budget: float | None = None,
+    time_model: TimeModel | None = None,
     solver: str = "auto",
     time_limit: float = 60.0,
 ) -> Plan:
@@ -42,28 +46,34 @@ def allocate(
     The gain is almost linear in the rank, so the best plan is nearly all-or-nothing: expect the largest rank at some
     sites, 0 at others and few in between.
 
+    A time budget adds   forward + sum_{k >= lowest adapted layer} back_k + own sum_l r_l (d_in + d_out) <= tau T_16
+
+    with the step time T_16 of uniform rank 16: back-propagation stops below the lowest adapted layer, so a short time
+    keeps the adapters in the upper layers.
+
     Args:
       scores: importance of each site: a mapping from path, or a sequence in the order of `sites`. Only ratios matter.
       sites: the sites to plan.
       budget: adapter parameters that may be spent; half of uniform rank 16 when None.
       ranks: the ranks a site may take, 0 among them.
+      time_budget: tau, the longest predicted step time relative to uniform rank 16, above 0 and at most 1; None for no
+        limit. The forward pass alone takes nearly half.
+      time_model: times per parameter, whole numbers; FLOPs when None.
       solver: `"CBC"`, `"GLPK_MI"` or `"HIGHS"`, mixed-integer solvers through CVXPY; `"DP"`, the dynamic
         programme; or `"auto"`, the first installed of the mixed-integer solvers, fastest first.
       time_limit: seconds; a plan not proved best by then is returned with its gap, and its status says so.
 
     Raises:
-      UsageError: scores, ranks, budget or solver cannot be used; a budget too small names the smallest that is not.
+      UsageError: scores, ranks, budgets or solver cannot be used; a budget too small names the smallest that is not.
 
     Returns:
       The plan. Of sites that cannot be told apart (same type, gains and costs) the first by (layer, path) has the
-      largest rank, whatever the solver.
+      largest rank, whatever the solver; with a time budget, the first of those that let back-propagation end earliest.
     """
     sites = check_sites(sites)
-    return solve(
-        rank_problem(scores, sites, default_budget(sites) if budget is None else budget, ranks),
-        solver=solver,
-        time_limit=time_limit,
-    )
+    clock = None if time_budget is None else make_clock(sites, time_budget, time_model)
+    problem = rank_problem(scores, sites, default_budget(sites) if budget is None else budget, ranks, clock=clock)
+    return solve(problem, solver=solver, time_limit=time_limit)
 
 
 def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
@@ -99,10 +109,13 @@ def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -
             f"is {source}; no plan is worth over {100 * gap:.3g} % more."
         )
     choice = _in_order(problem, choice)
+    ranks = {s.path: int(r) for s, r in zip(problem.sites, problem.ranks[choice], strict=True)}
+    step = None if problem.clock is None else problem.time(choice) / problem.clock.whole
+    timing = [] if step is None else [time_line(step, ranks, problem.sites) + "."]
     return Plan(
-        ranks={s.path: int(r) for s, r in zip(problem.sites, problem.ranks[choice], strict=True)},
-        objective=problem.scale * problem.worth(choice),
-        status=" ".join([verdict, *notes, *problem.warnings]),
+        ranks=ranks,
+        objective=problem.scale * problem.worth(choice) + 0.0,  # + 0.0: not -0.0
+        status=" ".join([verdict, *timing, *notes, *problem.warnings]),
         gap=gap,
         seconds=time.perf_counter() - start,
         solver=name,
@@ -110,6 +123,7 @@ def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -
         cost=problem.spent(choice),
         sites=problem.sites,
         warnings=problem.warnings,
+        time=step,
     )
 
 
@@ -147,12 +161,20 @@ def _run(problem: Problem, relaxed: Relaxed, name: str, deadline: float) -> Answ
 
 
 def _in_order(problem: Problem, choice: np.ndarray) -> np.ndarray:
-    """Give the larger ranks to the earlier, by (layer, path), of sites with the same type, values and costs."""
+    """Give the larger ranks to the earlier, by (layer, path), of sites with the same type, values and costs.
+
+    With a clock, back-propagation first ends as early as the sites can be exchanged for.
+    """
     alike: dict[tuple[str, bytes, bytes], list[int]] = defaultdict(list)
     for row, site in enumerate(problem.sites):
         alike[site.type, problem.value[row].tobytes(), problem.cost[row].tobytes()].append(row)
+    reach = -1
+    if problem.clock is not None:  # n sites of a group above rank 0 reach at least down to its n-th highest layer
+        layer = problem.clock.layer
+        highest = [np.sort(layer[rows])[-n] for rows in alike.values() if (n := np.count_nonzero(choice[rows]))]
+        reach = min(highest)
     choice = choice.copy()
     for rows in alike.values():
-        rows.sort(key=lambda row: (problem.sites[row].layer, problem.sites[row].path))
+        rows.sort(key=lambda row: (problem.sites[row].layer < reach, problem.sites[row].layer, problem.sites[row].path))
         choice[rows] = -np.sort(-choice[rows])
     return choice

@@ -91,6 +91,17 @@ def test_general_tables_against_brute_force(solver, seed):
 
 
 @pytest.mark.parametrize("solver", EXACT)
+def test_program_that_presolving_alone_settles(solver):
+    """GLPK aborts the process on it, unless something is left to choose."""
+    sites, no = sites_of([(1, 1)] * 4, "kqkk"), -math.inf
+    value = np.array([[0, 0.48, 1.0], [-0.92, 0, no], [0, 0.92, no], [no, 0, no]])
+    cost = np.array([[0, 11, 22], [0, 11, 22], [0, 16, 32], [0, 1, 2]])
+    problem = Problem(sites, np.array([0, 1, 2]), value, cost, 20)
+    plan = solve(problem, solver=solver)
+    assert plan.gap == 0 and plan.objective == brute_force(problem)
+
+
+@pytest.mark.parametrize("solver", EXACT)
 def test_every_type_keeps_a_rank_though_it_gains_nothing(solver):
     sites = sites_of([(8, 8)] * 4, "qqff")
     plan = allocate([1.0, 1.0, 0.0, 1e-9], sites, 16 * 5, ranks=[0, 1, 2, 3], solver=solver)

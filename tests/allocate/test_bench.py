@@ -15,6 +15,15 @@ def test_allocate_prints_a_row_per_solver_and_shape(capsys, tmp_path):
     assert "HIGHS" in table.read_text()
 
 
+@pytest.mark.parametrize("extra", [[], ["--prune"]])
+def test_time_budget_agrees_with_the_chain_of_layers(capsys, extra):
+    pytest.importorskip("pulp")  # its CBC calls a plan best that is up to 2e-4 from it, with or without a time budget
+    arguments = ["--instances", "1", "--solvers", "PuLP", "DP", "--time-budget", "0.75", *extra]
+    assert bench.main(["allocate", *arguments]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert all(row[5] == "1/1" and float(row[6]) <= (1e-9 if row[1] == "DP" else 1e-3) for row in rows)
+
+
 @pytest.mark.parametrize(
     "arguments", [["alocate"], ["allocate", "--solvers", "Nope"], ["allocate", "--instances", "0"]]
 )
