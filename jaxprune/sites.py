@@ -113,11 +113,16 @@ def find_sites(
     sites = []
     for path in chosen:
         *stack, d_in, d_out = kernels[path].shape
-        parents, _, name = path.rpartition("/")
-        number = re.search(r"\d+", parents)
-        sites.append(Site(path, d_in, d_out, int(number[0]) if number else 0, name, tuple(stack)))
+        sites.append(site_at(path, d_in, d_out, tuple(stack)))
     place = {name: i for i, name in enumerate(_ORDER)}
     return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
+
+
+def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Site:
+    """Make the site of a kernel, its layer and type read from its path."""
+    parents, _, name = path.rpartition("/")
+    number = re.search(r"\d+", parents)
+    return Site(path, d_in, d_out, int(number[0]) if number else 0, name, stack)
 
 
 def _require_match(pattern: str, matched: set[str], kernels: Mapping[str, Any]) -> None:

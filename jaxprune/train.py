@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.methods.base import Method
+from jaxprune.adapters.base import leaves_of
+from jaxprune.methods.base import Context, Method
+from jaxprune.prune import Decision, apply, compact, survivors, zero_dead
 from jaxprune.sites import Site
+
+# Keeps what a method's view draws apart from what the loss draws.
+_VIEW = 0x71EF
 
 
 class TrainState(NamedTuple):
@@ -50,7 +56,79 @@ def init_state(
       sites: passed to the method.
     """
     method_state = method.init(adapters, masks, sites) if method else ()
-    return TrainState(adapters, masks, optimizer.init(adapters), method_state, jnp.zeros((), jnp.int32), key)
+    opt_state = only_trained(optimizer, adapters).init(adapters)
+    return TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key)
+
+
+def only_trained(optimizer: optax.GradientTransformation, adapters: Adapters) -> optax.GradientTransformation:
+    """Keep an optimizer off the leaves that a kind of adapter names in `frozen`: no moments, no update.
+
+    Their gradients must be zero, as `jax.lax.stop_gradient` in the adapter's forward pass makes them. Without such leaves
+    this is the optimizer itself.
+    """
+    if not any(getattr(adapter, "frozen", ()) for adapter in adapters.values()):
+        return optimizer
+
+    def trained(tree: Any) -> Any:
+        return {
+            path: dataclasses.replace(
+                adapter, **{name: name not in getattr(adapter, "frozen", ()) for name in leaves_of(adapter)}
+            )
+            for path, adapter in tree.items()
+        }
+
+    return optax.masked(optimizer, trained)
+
+
+def prune(
+    state: TrainState,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    context: Context | None = None,
+) -> tuple[TrainState, Decision | None]:
+    """Run the method's pruning event, where there is one after the steps done so far.
+
+    A pure function of the state, on the host. Components that die are masked and every value and moment of them becomes
+    zero; shapes stay, so nothing is compiled again until `compacted` is called.
+
+    Args:
+      state: not changed.
+      method: its `triggers` and `decide`.
+      optimizer: the chain that `init_state` got.
+      context: what the method's `start` got, for methods that measure on data of their own.
+
+    Returns:
+      (state, decision); the decision is None where nothing was to be decided or nothing changes.
+    """
+    if method.decide is None or not method.triggers(int(state.step)):
+        return state, None
+    method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), context)
+    state = state._replace(method_state=method_state)
+    if decision is None:
+        return state, None
+    chain = only_trained(optimizer, state.adapters)
+    adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
+    return state._replace(adapters=adapters, masks=masks, opt_state=opt_state), decision
+
+
+def compacted(state: TrainState, method: Method | None, optimizer: optax.GradientTransformation) -> TrainState:
+    """Remove what is masked from adapters, masks, moments and the method's state; the next step is compiled anew.
+
+    Args:
+      state: not changed.
+      method: its `compact` handles its own state.
+      optimizer: the chain that `init_state` got.
+    """
+    chain = only_trained(optimizer, state.adapters)
+    kept = survivors(state.masks)
+    adapters, masks, opt_state = compact(state.adapters, state.masks, state.opt_state, chain)
+    method_state = method.compact(state.method_state, kept) if method else state.method_state
+    return state._replace(adapters=adapters, masks=masks, opt_state=opt_state, method_state=method_state)
+
+
+def compactable(masks: Masks) -> bool:
+    """Tell whether compaction would remove anything."""
+    return any(index.shape[-1] < masks[path].shape[-1] for path, index in survivors(masks).items())
 
 
 def make_step(
@@ -79,34 +157,54 @@ def make_step(
       donate: let XLA reuse the old state's memory; the state passed in is then gone.
     """
 
-    def loss(adapters, masks, params, batch, key):
+    def loss(adapters, zeros, masks, params, batch, key, step):
+        regular = method.penalty(adapters) if method and method.penalty else 0.0
+        if method and method.view:
+            adapters, masks = method.view(adapters, masks, jax.random.fold_in(key, _VIEW), step)
+        if zeros is not None and method and method.probes:
+            adapters = method.probes.wrap(adapters, zeros)
         value = loss_fn(lambda *inputs, **kw: forward(params, adapters, masks, *inputs, **kw), batch, key)
-        value = value[0] if isinstance(value, tuple) else value
-        return value + method.penalty(adapters) if method and method.penalty else value
+        return (value[0] if isinstance(value, tuple) else value) + regular
 
-    def value_and_grad(state, params, batch, key):
-        grad = jax.value_and_grad(loss)
+    def value_and_grads(state, params, batch, key, zeros):
+        grad = jax.value_and_grad(loss, argnums=(0, 1))
         if accumulate == 1:
-            return grad(state.adapters, state.masks, params, batch, key)
+            return grad(state.adapters, zeros, state.masks, params, batch, key, state.step)
 
         def add(total, item):
             index, micro = item
-            value = grad(state.adapters, state.masks, params, micro, jax.random.fold_in(key, index))
+            value = grad(state.adapters, zeros, state.masks, params, micro, jax.random.fold_in(key, index), state.step)
             return jax.tree.map(jnp.add, total, value), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapters))
-        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), batch))
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.adapters, zeros)))
+        total, _ = jax.lax.scan(add, start, (jnp.arange(accumulate), batch))
         return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
+    def observed(state, params, batch, key, zeros):
+        value, (grads, measured) = value_and_grads(state, params, batch, key, zeros)
+        grads = zero_dead(grads, state.masks)
+        if not method:
+            return value, grads, state.method_state
+        seen = method.observe(state.method_state, state.adapters, state.masks, grads, state.step, measured)
+        return value, grads, seen
+
     def step(params, state: TrainState, batch):
-        value, grads = value_and_grad(state, params, batch, jax.random.fold_in(state.key, state.step))
-        method_state = state.method_state
-        if method:
-            method_state = method.observe(method_state, state.adapters, state.masks, grads, state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+        key = jax.random.fold_in(state.key, state.step)
+        if method and method.probes:
+            zeros = method.probes.zeros(state.adapters)
+            value, grads, method_state = jax.lax.cond(
+                method.probes.when(state.step),
+                lambda: observed(state, params, batch, key, zeros),
+                lambda: observed(state, params, batch, key, None),
+            )
+        else:
+            value, grads, method_state = observed(state, params, batch, key, None)
+        chain = only_trained(optimizer, state.adapters)
+        updates, opt_state = chain.update(grads, state.opt_state, state.adapters)
         adapters: Any = optax.apply_updates(state.adapters, updates)
         if method and method.project:
-            adapters = method.project(adapters)
+            adapters = method.project(method_state, adapters, state.masks, state.step)
+        adapters = zero_dead(adapters, state.masks)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "nonfinite": _first_nonfinite(value, grads)}
         return TrainState(adapters, state.masks, opt_state, method_state, state.step + 1, state.key), metrics
 
@@ -147,7 +245,8 @@ def fit(
     total_steps: int,
     log: Callable[[int, dict[str, float]], None] = lambda number, metrics: None,
     pause_at: Container[int] = (),
-    pause: Callable[[int, TrainState], str] = lambda number, state: "",
+    pause: Callable[[int, TrainState], tuple[TrainState, str]] = lambda number, state: (state, ""),
+    stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> TrainState:
     """Run a training loop and return the last state.
@@ -163,8 +262,9 @@ def fit(
       total_steps: optimiser steps of the whole run, for the progress bar.
       log: called with every step's number (1, 2, ...) and its metrics as floats.
       pause_at: numbers of the steps after which to pause.
-      pause: called with the step's number and the state it left, to evaluate or to save; what it returns is shown on the
-        progress bar.
+      pause: `pause(number, state) -> (state, note)`: called with the step's number and the state it left, to evaluate, to
+        save or to prune; training goes on with the state it returns, and the note is shown on the progress bar.
+      stop: asked after every step; when it says yes the loop ends early, with every step launched so far done.
       progress: show one progress bar with loss, rate and time left.
 
     Raises:
@@ -202,8 +302,13 @@ def fit(
             pending.append((number, metrics))
             while len(pending) > (0 if number in pause_at else 1):
                 settle()
-            if number in pause_at and (note := pause(number, state)):
-                shown["eval"] = note
+            if number in pause_at:
+                state, note = pause(number, state)
+                names = [*leaf_names(state.adapters), "the loss"]
+                if note:
+                    shown["eval"] = note
+            if stop():
+                break
         while pending:
             settle()
     return state

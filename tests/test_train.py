@@ -88,7 +88,7 @@ def test_fit_pauses_with_the_state_of_that_very_step():
     logged = []
     jp.fit(
         step, params, state, [batch] * 6, total_steps=6, progress=False, log=lambda n, m: logged.append(n),
-        pause_at={2, 5, 6}, pause=lambda n, s: seen.update({n: (s, list(logged))}) or "",
+        pause_at={2, 5, 6}, pause=lambda n, s: seen.update({n: (s, list(logged))}) or (s, ""),
     )  # fmt: skip
     assert sorted(seen) == [2, 5, 6]
     for number, (paused, log) in seen.items():
@@ -112,9 +112,9 @@ def test_observe_penalty_and_project_take_part():
     method = Method(
         start=lambda context: None,  # type: ignore[arg-type,return-value]
         init=lambda adapters, masks, sites: jnp.zeros(()),
-        observe=lambda state, adapters, masks, grads, step: state + optax.tree.norm(grads),
+        observe=lambda state, adapters, masks, grads, step, measured: state + optax.tree.norm(grads),
         penalty=lambda adapters: 3.0 + 0.0 * adapters["layer_0/fc1"].b.sum(),
-        project=lambda adapters: jax.tree.map(lambda w: jnp.clip(w, -0.01, 0.01), adapters),
+        project=lambda state, adapters, masks, step: jax.tree.map(lambda w: jnp.clip(w, -0.01, 0.01), adapters),
     )
     params, state, step, batch = setting(method=method)
     plain = setting()[2](params, state._replace(method_state=()), batch)[1]

@@ -6,16 +6,20 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, key_for, matmul
+from jaxprune.adapters.base import Array, drop, key_for, matmul
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "dropout", "residual"]
+)
 @dataclass(frozen=True)
 class Lora:
     """Hold the factors of one site.
@@ -25,12 +29,16 @@ class Lora:
       b: (r, d_out), or (layers, r, d_out).
       scale: s = alpha / r, fixed when the site is planned and kept when ranks shrink.
       dropout: rate of the dropout on the adapter's input.
+      residual: the kernel it belongs to is what the initial factors left of the model's own (PiSSA), W - s A0 B0.
     """
 
     a: Array
     b: Array
     scale: float
     dropout: float = 0.0
+    residual: bool = False
+
+    rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "b": -2})
 
     @property
     def rank(self) -> int:
@@ -38,12 +46,12 @@ class Lora:
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W + s ((dropout(x) A) * m) B."""
-        base_NxO = matmul(x_NxI, kernel_IxO)
-        if key is not None and self.dropout > 0.0:
-            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x_NxI.shape)
-            x_NxI = jnp.where(keep, x_NxI / (1.0 - self.dropout), 0).astype(x_NxI.dtype)
+        return matmul(x_NxI, kernel_IxO) + self.product(drop(x_NxI, self.dropout, key), mask)
+
+    def product(self, x_NxI: Array, mask: Array | None) -> Array:
+        """Return s ((x A) * m) B."""
         z_NxR = matmul(x_NxI, self.a) * self._gate(mask).astype(x_NxI.dtype)
-        return base_NxO + matmul(z_NxR, self.b)
+        return matmul(z_NxR, self.b)
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         """Return W + s (A * m) B."""
@@ -52,7 +60,7 @@ class Lora:
     def delta(self, mask: Array | None) -> Array:
         """Return s (A * m) B in float32, shaped as the kernel."""
         a = self.a.astype(jnp.float32) * self._gate(mask)[..., None, :]
-        return jnp.matmul(a, self.b.astype(jnp.float32))
+        return jnp.matmul(a, self.b.astype(jnp.float32), precision="highest")
 
     def count(self, mask: Array | None) -> int:
         """Count (d_in + d_out) for every live component."""

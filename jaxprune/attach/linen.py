@@ -73,6 +73,8 @@ def _dense(x: Array, kernel: Array, bias: Array | None, adapter, mask, key, dtyp
     y_NxO = adapter.linear(x.reshape(-1, x.shape[-1]), kernel, mask, key)
     if bias is not None:
         y_NxO = y_NxO + jnp.reshape(bias, (1, -1))
+    if hasattr(adapter, "finish"):
+        y_NxO = adapter.finish(y_NxO, mask)
     return y_NxO.reshape(*x.shape[:-1], y_NxO.shape[-1])
 
 

@@ -35,27 +35,74 @@ class Context(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a method starts training with; `plan` is None for methods that have no ranks."""
+    """What a method starts training with.
+
+    Attributes:
+      adapters: what is trained.
+      masks: {site path: mask}.
+      plan: the ranks; None for methods that have none.
+      params: what the frozen parameters become, for a method that changes them (PiSSA takes its factors out of the
+        kernels); None where they stay. Must be a deterministic function of the context: a resumed run makes them again.
+    """
 
     adapters: Adapters
     masks: Masks
     plan: Plan | None
+    params: Mapping[str, Any] | None = None
+
+
+class Probes(NamedTuple):
+    """Quantities that exist only inside the forward or backward pass, and are reduced there to a number or two.
+
+    A probe is a dummy zero whose gradient is the measurement (see `jaxprune.scores.tap`). On the steps that do not measure
+    nothing of it is computed.
+
+    Attributes:
+      zeros: `zeros(adapters) -> pytree of zeros`, shaped as the measurements.
+      wrap: `wrap(adapters, zeros) -> adapters` that compute the same and whose gradient with respect to the zeros is the
+        measurement.
+      when: `when(step) -> bool`, traced: does this step measure? Steps count from 0.
+    """
+
+    zeros: Callable[..., Any]
+    wrap: Callable[..., Any]
+    when: Callable[..., Any]
 
 
 class Method(NamedTuple):
-    """A fine-tuning method.
+    """A fine-tuning method. Only `start` is needed; every other part does nothing unless given.
+
+    Within a training step, in this order: `view`, forward and backward pass, `observe`, the optimizer, `project`. Between
+    steps, on the host: `decide`.
 
     Attributes:
       start: `start(context) -> Start`: plans ranks and makes the adapters; runs once, on the host.
       init: `init(adapters, masks, sites) -> state`: the method's own state, a pytree of arrays.
-      observe: `observe(state, adapters, masks, grads, step) -> state`: jitted inside the training step; sees the
-        gradients before clipping and weight decay.
-      penalty: `penalty(adapters) -> scalar` added to the loss, or None.
-      project: `project(adapters) -> adapters` after every update, or None.
+      observe: `observe(state, adapters, masks, grads, step, measured) -> state`: jitted inside the training step; sees the
+        gradients before clipping and weight decay, and what `probes` measured (None on steps that do not measure).
+      decide: `decide(state, adapters, masks, step, context) -> (state, Decision | None)`: runs on the host after the steps
+        that `triggers` names; `context` is what `start` got, or None where the caller has none.
+      triggers: `triggers(number) -> bool`: is there an event after step `number` (1, 2, ...)?
+      penalty: `penalty(adapters) -> scalar` added to the loss.
+      project: `project(state, adapters, masks, step) -> adapters`, jitted, after every update.
+      view: `view(adapters, masks, key, step) -> (adapters, masks)`: what the forward pass sees of them; differentiated
+        through, and free to draw from `key`. Outside training `key` and `step` are None, and the view is deterministic.
+      probes: what else to measure in the backward pass.
+      compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
+        `jaxprune.prune.survivors`, and `jaxprune.prune.gather` does it for trees shaped like the adapters.
     """
 
     start: Callable[[Context], Start]
     init: Callable[..., Any] = lambda adapters, masks, sites: ()
-    observe: Callable[..., Any] = lambda state, adapters, masks, grads, step: state
+    observe: Callable[..., Any] = lambda state, adapters, masks, grads, step, measured: state
+    decide: Callable[..., Any] | None = None
+    triggers: Callable[[int], bool] = lambda number: False
     penalty: Callable[..., Any] | None = None
     project: Callable[..., Any] | None = None
+    view: Callable[..., Any] | None = None
+    probes: Probes | None = None
+    compact: Callable[..., Any] = lambda state, kept: state
+
+    def seen(self, adapters: Adapters, masks: Masks) -> tuple[Adapters, Masks]:
+        """Return what a forward pass outside training sees: to evaluate, merge and export."""
+        return self.view(adapters, masks, None, None) if self.view else (adapters, masks)

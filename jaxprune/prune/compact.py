@@ -1,0 +1,80 @@
+"""Compaction: really remove what is masked, from adapters, masks and every moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import optax
+
+from jaxprune.adapters import Adapters, Masks
+from jaxprune.errors import UsageError
+from jaxprune.prune.components import DROPPED, Place, host, like, map_adapters, map_moments, rebuild
+
+Survivors = dict[str, np.ndarray]
+
+
+def survivors(masks: Masks) -> Survivors:
+    """Return the indices of the components that stay: {site path: (r',) or (layers, r')}, empty where a site goes.
+
+    A stacked site keeps as many components in each layer as its fullest layer has; the others' extra ones stay masked.
+    """
+    kept = {}
+    for path, mask in host(masks).items():
+        alive = (mask > 0).sum(-1).max()
+        order = np.argsort(mask <= 0, axis=-1, kind="stable")[..., :alive]
+        kept[path] = np.sort(order, axis=-1)
+    return kept
+
+
+def compact(
+    adapters: Adapters, masks: Masks, opt_state: Any, optimizer: optax.GradientTransformation
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Gather the survivors of every site and drop the sites that have none.
+
+    A[:, k], B[k, :] and every moment of them, in the order they had; step counts stay. The outputs do not change and neither
+    does training, up to rounding; the next step is compiled anew, since shapes change. Runs on the host.
+
+    Args:
+      adapters: {path: adapter}.
+      masks: {path: mask}.
+      opt_state: the state of `optimizer`.
+      optimizer: any Optax chain whose moments have the shape of what they belong to.
+
+    Raises:
+      UsageError: nothing would be left to train.
+
+    Returns:
+      (adapters, masks, opt_state).
+    """
+    kept = survivors(masks)
+    gone = {path for path, index in kept.items() if index.shape[-1] == 0}
+    left = {path: adapter for path, adapter in adapters.items() if path not in gone}
+    if not left:
+        raise UsageError("every component is masked, so compaction would leave nothing to train; raise the budget")
+    new_adapters = map_adapters(lambda leaf, place: _take(leaf, place, kept), left)
+    new_masks = {
+        path: like(np.take_along_axis(np.asarray(mask), kept[path], -1), mask)
+        for path, mask in masks.items()
+        if path not in gone
+    }
+    moments = map_moments(
+        lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept), opt_state, adapters, optimizer
+    )
+    return new_adapters, new_masks, rebuild(moments, new_adapters, optimizer)
+
+
+def gather(tree: Adapters, kept: Survivors) -> dict[str, Any]:
+    """Compact a tree shaped like the adapters, for example a method's own statistics of their leaves."""
+    left = {path: adapter for path, adapter in tree.items() if path not in kept or kept[path].shape[-1]}
+    return map_adapters(lambda leaf, place: _take(leaf, place, kept), left)
+
+
+def _take(leaf: Any, place: Place, kept: Survivors) -> Any:
+    index = kept.get(place.path)
+    if place.axis is None or index is None or index.shape[-1] == np.shape(leaf)[place.axis]:
+        return leaf
+    value = np.asarray(leaf)
+    if value.ndim > index.ndim:
+        index = index[..., None, :] if place.axis == -1 else index[..., :, None]
+    return like(np.take_along_axis(value, index, place.axis), leaf)

@@ -1,0 +1,70 @@
+"""Masks: what is dead is exactly zero, in values, gradients and moments, and stays so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Adapters, Masks
+from jaxprune.errors import UsageError, nearest
+from jaxprune.prune.components import Place, along, host, map_adapters
+
+
+def zero_dead(tree: Adapters, masks: Masks) -> dict[str, Any]:
+    """Set every dead component of a tree shaped like the adapters to zero; works inside `jax.jit`.
+
+    leaf <- where(m > 0, leaf, 0) along the rank axis; sites without a mask are left alone.
+
+    Args:
+      tree: adapters, or their gradients.
+      masks: {site path: (r,) or (layers, r)}.
+    """
+
+    def one(leaf: Any, place: Place) -> Any:
+        mask = masks.get(place.path)
+        if place.axis is None or mask is None:
+            return leaf
+        return jnp.where(along(mask, leaf, place.axis) > 0, leaf, jnp.zeros((), leaf.dtype))
+
+    return map_adapters(one, tree)
+
+
+def live(masks: Masks) -> dict[str, int]:
+    """Count the live components of every site."""
+    return {path: int((mask > 0).sum()) for path, mask in host(masks).items()}
+
+
+def trim(scores: Mapping[str, Any], masks: Masks, ranks: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Keep the best components of each site.
+
+    Args:
+      scores: {site path: (r,) or (layers, r)}, larger is better; a NaN counts as the worst.
+      masks: {site path: (r,) or (layers, r)}; the dead are not chosen again.
+      ranks: {site path: components to keep}, one number or (layers,); sites that are absent keep all.
+
+    Raises:
+      UsageError: a path is no site with a mask, or a rank is negative or above the live components.
+
+    Returns:
+      New masks of the sites in `ranks`. Of equal scores the lower index is kept.
+    """
+    new = {}
+    for path, rank in ranks.items():
+        if path not in masks:
+            raise UsageError(f"rank for {path!r}, which has no mask; nearest names: {nearest(path, masks)}")
+        mask = np.asarray(masks[path])
+        alive = mask > 0
+        rank = np.broadcast_to(rank, mask.shape[:-1])
+        if (rank < 0).any() or (rank > alive.sum(-1)).any():
+            raise UsageError(
+                f"rank {rank.tolist()} for {path!r} is out of range; expected 0 to its {alive.sum(-1).tolist()} live components"
+            )
+        score = np.nan_to_num(np.asarray(scores[path], np.float64), nan=-np.inf)
+        # Dead components sort behind live ones of any score.
+        order = np.lexsort((-score, ~alive), axis=-1)
+        new[path] = np.zeros_like(mask)
+        np.put_along_axis(new[path], order, (np.arange(mask.shape[-1]) < rank[..., None]).astype(mask.dtype), -1)
+    return new
