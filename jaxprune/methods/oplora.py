@@ -23,6 +23,7 @@ from jaxprune.scores import site_scores
 def oplora(
     *,
     budget: int | None = None,
+    time_budget: float | None = None,
     score: str = "absolute",
     ranks: Sequence[int] = range(17),
     solver: str = "auto",
@@ -34,6 +35,7 @@ def oplora(
 
     Args:
       budget: adapter parameters; None for half of uniform rank 16.
+      time_budget: longest predicted step time, relative to uniform rank 16 at every site; None for no limit.
       score: one of `jaxprune.scores.SCORES`; `squared` is taken per sample, as in the released code.
       ranks: candidate ranks.
       solver: `auto`, `CBC`, `GLPK_MI`, `HIGHS` or `DP`.
@@ -48,7 +50,9 @@ def oplora(
         scores = site_scores(
             score, context.forward, context.loss_fn, context.params, context.sites, data, per_sample=per_sample
         )
-        plan = allocate(scores, context.sites, budget, ranks=ranks, solver=solver, time_limit=time_limit)
+        plan = allocate(
+            scores, context.sites, budget, ranks=ranks, solver=solver, time_limit=time_limit, time_budget=time_budget
+        )
         return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
 
     return Method(start)

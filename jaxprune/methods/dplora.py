@@ -1,0 +1,277 @@
+"""DPLoRA: OPLoRA's ranks, then further MILPs that prune them while they train.
+
+N events are spread over training, at the steps int(delay + tau (total - delay) / (N + 1)), tau = 1 ... N. At each, with c_l
+the present rank of site l and its gradients dA_l, dB_l:
+
+    I_new(l) = sqrt(mean dA_l^2 * mean dB_l^2) * sqrt(c_l)                                               (eq. 6)
+    I(l) <- beta I(l) + (1 - beta) I_new(l);  the first event takes I_new                                (eq. 5)
+    budget = floor(B (1 - p share(tau / N))), B the adapter parameters at the start, share a Bézier curve (eq. 10, 11)
+    min sum_l I_l ((c_l - r_l) / c_l + gamma |r_l - c_l| - delta [r_l = c_l]) within the budget           (eq. 7 to 9)
+
+and every site keeps its r_l components of largest |A_j| |B_j|. What is pruned stays exactly zero.
+
+Where paper and released code differ, a setting chooses:
+
+- `importance="training"` averages eq. 6 over the gradients of the training steps since the last event, which costs
+  nothing; `"samples"` takes it for each of the scoring samples alone and averages, as the released code does: one backward
+  pass for each of up to 500 samples at every event.
+- `rescale=True` keeps alpha as ranks fall, so that s = alpha / r grows (released code); it costs a compilation at every event.
+  By default s stays, and pruning changes nothing about the survivors.
+
+The paper's "recovery steps" are a lock-out: no event within so many steps after one. Events are evenly spaced, so it only has
+to be shorter than the interval between them.
+
+Source: "DPLoRA: a dual-pruning framework based on ILP optimization and progressive pruning", section 3.2, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Adapters, Lora, Masks, count
+from jaxprune.allocate import prune_problem, solve
+from jaxprune.errors import UsageError
+from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.oplora import oplora
+from jaxprune.prune import Decision, trim
+from jaxprune.schedules import Schedule, bezier, event_steps
+from jaxprune.scores import component_norms
+from jaxprune.sites import Site, site_at
+
+IMPORTANCES = ("training", "samples")
+
+
+class DploraState(NamedTuple):
+    """What DPLoRA remembers: arrays shaped () for each site, (layers,) where stacked.
+
+    Attributes:
+      importance: I_l after the last event.
+      total: sum of I_new over the steps since the last event.
+      steps: how many those were.
+      event: events so far.
+      start: adapter parameters at the start.
+    """
+
+    importance: dict[str, jax.Array]
+    total: dict[str, jax.Array]
+    steps: jax.Array
+    event: jax.Array
+    start: jax.Array
+
+
+def dplora(
+    *,
+    total_steps: int,
+    target: float = 0.6,
+    events: int = 10,
+    delay: int = 0,
+    recovery_steps: int | None = None,
+    schedule: Schedule = bezier(),  # noqa: B008
+    ema_decay: float = 0.9,
+    momentum: float = 0.1,
+    stability: float = 0.05,
+    importance: str = "training",
+    rescale: bool = False,
+    budget: int | None = None,
+    time_budget: float | None = None,
+    score: str = "absolute",
+    ranks: Sequence[int] = range(17),
+    solver: str = "auto",
+    time_limit: float = 60.0,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+) -> Method:
+    """Choose ranks by a MILP before training, and lower them by further MILPs during it.
+
+    Args:
+      total_steps: optimiser steps of the whole run.
+      target: p, the share of the adapter parameters to prune by the last event.
+      events: N.
+      delay: steps before pruning starts; the learning rate's warm-up in the paper.
+      recovery_steps: steps without an event after one; None for half an interval, at most 100.
+      schedule: share of the pruning done at progress t, from `jaxprune.schedules`.
+      ema_decay: beta, the weight of what was measured at earlier events; 0 for the latest measurement alone.
+      momentum: gamma, the price of a lost rank; 0 for none.
+      stability: delta, the reward for leaving a site as it is.
+      importance: `"training"` or `"samples"`, see above.
+      rescale: keep alpha instead of s as ranks fall.
+      budget, time_budget, score, ranks, solver, time_limit, alpha, dropout: as `oplora`. A time budget holds for the whole
+        run, because ranks only fall.
+
+    Raises:
+      UsageError: a setting is out of range, the events do not fit, or (by `start`) the types of sites cannot all keep a rank
+        within the last budget.
+    """
+    _check(target=target, ema_decay=ema_decay)
+    if importance not in IMPORTANCES:
+        raise UsageError(f"importance {importance!r} is not known; expected one of {', '.join(IMPORTANCES)}")
+    steps = event_steps(events, total_steps, delay)
+    interval = (total_steps - delay) / (events + 1)
+    recovery = min(100, int(interval / 2)) if recovery_steps is None else recovery_steps
+    if recovery >= interval:
+        raise UsageError(
+            f"recovery of {recovery} steps does not fit between events {interval:.0f} steps apart; expected fewer "
+            f"recovery steps, fewer events, or a longer run"
+        )
+    first = oplora(
+        budget=budget, time_budget=time_budget, score=score, ranks=ranks, solver=solver, time_limit=time_limit,
+        alpha=alpha, dropout=dropout,
+    )  # fmt: skip
+
+    def left(start: int, event: int) -> int:
+        return math.floor(start * (1 - target * schedule(event / events)))
+
+    def start(context: Context) -> Start:
+        begun = first.start(context)
+        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters)
+        if last < least:
+            raise UsageError(
+                f"pruning {target:.0%} would leave {last:,} adapter parameters, and a rank for each type of site takes "
+                f"{least:,}; prune less or raise the budget"
+            )
+        return begun
+
+    def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> DploraState:
+        zeros = {path: jnp.zeros(lora.a.shape[:-2], jnp.float32) for path, lora in _loras(adapters)}
+        # Copies: a training step donates its state, and one buffer cannot be given away twice.
+        total = jax.tree.map(jnp.copy, zeros)
+        number = sum(Lora.count(lora, masks[path]) for path, lora in _loras(adapters))  # a DoRA magnitude is not pruned
+        return DploraState(zeros, total, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.int32(number))
+
+    def observe(state: DploraState, adapters, masks, grads, step, measured) -> DploraState:
+        if importance != "training":
+            return state
+        total = {path: state.total[path] + new for path, new in gradient_importance(grads, masks).items()}
+        return state._replace(total=total, steps=state.steps + 1)
+
+    def decide(
+        state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context | None
+    ) -> tuple[DploraState, Decision | None]:
+        event = int(state.event) + 1
+        if importance == "training":
+            new = {path: np.asarray(total) / max(int(state.steps), 1) for path, total in state.total.items()}
+        else:
+            new = _on_samples(context, adapters, masks, step)
+        blend = ema_decay if event > 1 else 0.0
+        merged = {
+            path: blend * np.asarray(state.importance[path]) + (1 - blend) * new[path] for path in state.importance
+        }
+        problem_sites, current, worth = [], {}, {}
+        for path, lora in _loras(adapters):
+            mask = np.asarray(masks[path])
+            for index, site in _layers(path, lora):
+                problem_sites.append(site)
+                current[site.path] = int((mask[index] > 0).sum())
+                worth[site.path] = float(merged[path][index])
+        allowed = left(int(state.start), event)
+        problem = prune_problem(
+            worth, problem_sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
+        )  # fmt: skip
+        plan = solve(problem, solver=solver, time_limit=time_limit)
+        state = DploraState(
+            {path: jnp.asarray(value, jnp.float32) for path, value in merged.items()},
+            {path: jnp.zeros_like(value) for path, value in state.total.items()},
+            jnp.zeros((), jnp.int32),
+            jnp.int32(event),
+            state.start,
+        )
+        ranks_after = {
+            path: np.array([plan.ranks[site.path] for _, site in _layers(path, lora)]).reshape(lora.a.shape[:-2])
+            for path, lora in _loras(adapters)
+        }
+        before = {path: (np.asarray(masks[path]) > 0).sum(-1) for path in ranks_after}
+        fewer = {path: rank for path, rank in ranks_after.items() if (rank < before[path]).any()}
+        if not fewer:
+            return state, None
+        scales = {}
+        if rescale:
+            scales = {path: float(before[path].max() / rank.max()) for path, rank in fewer.items() if rank.max() > 0}
+        said = {name: getattr(plan, name) for name in ("solver", "status", "objective", "gap")}
+        report = {"event": event, "budget": allowed, **said, "solve_seconds": plan.seconds}
+        return state, Decision(trim(component_norms(dict(adapters)), masks, fewer), scales=scales, report=report)
+
+    def compact(state: DploraState, kept: dict[str, np.ndarray]) -> DploraState:
+        stay = lambda tree: {path: leaf for path, leaf in tree.items() if kept[path].shape[-1]}  # noqa: E731
+        return state._replace(importance=stay(state.importance), total=stay(state.total))
+
+    return Method(
+        start, init=init, observe=observe, decide=decide, triggers=lambda number: number in steps, compact=compact
+    )
+
+
+def gradient_importance(grads: Adapters, masks: Masks) -> dict[str, jax.Array]:
+    """Return sqrt(mean dA^2 * mean dB^2) * sqrt(c) of every site, with means over its c live components (eq. 6).
+
+    Args:
+      grads: a tree shaped like the adapters; entries of dead components are zero.
+      masks: {site path: (r,) or (layers, r)}.
+
+    Returns:
+      {site path: () or (layers,)}; 0 where nothing is live.
+    """
+    found = {}
+    for path, grad in _loras(grads):
+        alive = jnp.sum(masks[path], axis=-1)
+        rows = jnp.maximum(alive, 1)
+        mean_a = jnp.sum(jnp.square(grad.a), axis=(-2, -1)) / (rows * grad.a.shape[-2])
+        mean_b = jnp.sum(jnp.square(grad.b), axis=(-2, -1)) / (rows * grad.b.shape[-1])
+        found[path] = jnp.sqrt(mean_a * mean_b) * jnp.sqrt(alive)
+    return found
+
+
+def _on_samples(context: Context | None, adapters: Adapters, masks: Masks, step: int) -> dict[str, np.ndarray]:
+    """Average eq. 6 over single samples, in training mode, as the released code does."""
+    if context is None or not context.samples:
+        raise UsageError('importance "samples" needs the context with its samples at every event: prune(..., context)')
+    measure, key = _measure(context.forward, context.loss_fn), jax.random.fold_in(context.key, step)
+    found = [
+        jax.device_get(measure(dict(adapters), dict(masks), context.params, part, key)) for part in context.samples
+    ]
+    return {path: np.mean([part[path] for part in found], axis=0) for path in found[0]}
+
+
+@functools.lru_cache
+def _measure(forward: Any, loss_fn: Any) -> Any:
+    def loss(adapters, masks, params, batch, key):
+        value = loss_fn(lambda *x, **kw: forward(params, adapters, masks, *x, **kw), batch, key)
+        return value[0] if isinstance(value, tuple) else value
+
+    @jax.jit
+    def measure(adapters, masks, params, samples, key):
+        one = lambda sample: gradient_importance(jax.grad(loss)(adapters, masks, params, sample, key), masks)  # noqa: E731
+        return jax.tree.map(lambda value: value.mean(0), jax.lax.map(one, samples))
+
+    return measure
+
+
+def _loras(adapters: Adapters) -> Iterator[tuple[str, Any]]:
+    return ((path, adapter) for path, adapter in adapters.items() if isinstance(adapter, Lora))
+
+
+def _layers(path: str, lora: Lora) -> Iterator[tuple[tuple[int, ...], Site]]:
+    """Give every layer of a stacked site as a site of its own; an ordinary one is its own only layer."""
+    *stack, d_in, _ = lora.a.shape
+    for number, index in enumerate(np.ndindex(*stack)):
+        site = site_at(path, d_in, lora.b.shape[-1])
+        yield index, Site(f"{path}[{number}]", d_in, site.d_out, number, site.type) if stack else site
+
+
+def _least(adapters: Adapters) -> int:
+    cheapest: dict[str, int] = {}
+    for path, lora in _loras(adapters):
+        site = site_at(path, lora.a.shape[-2], lora.b.shape[-1])
+        cheapest[site.type] = min(site.cost(), cheapest.get(site.type, site.cost()))
+    return sum(cheapest.values())
+
+
+def _check(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UsageError(f"{name} {value} is out of range; expected 0 or more and below 1")

@@ -1,0 +1,168 @@
+"""DPLoRA's decisions against the paper's equations in float64."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.methods.dplora import gradient_importance
+from jaxprune.prune import live
+from jaxprune.schedules import bezier, early
+from tests.tower import tower
+
+SETTINGS = dict(total_steps=24, events=3, target=0.7, budget=240, ranks=range(5), solver="DP")
+
+
+def loss_fn(apply, batch, key):
+    return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
+
+
+@functools.lru_cache
+def world(form="plain"):
+    model, params, x = tower(form)
+    forward, sites = jp.attach(model), jp.find_sites(params)
+    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [{"x": x}], [{"x": x[:, None]}])
+    return params, sites, forward, context, {"x": x}
+
+
+def train(form="plain", steps=24, **settings):
+    """Yield (number, state before the event, state after it, decision) of every step."""
+    params, sites, forward, context, batch = world(form)
+    method = jp.dplora(**{**SETTINGS, **settings})
+    start, optimizer = method.start(context), optax.adamw(1e-2)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+    for number in range(1, steps + 1):
+        state, _ = step(params, state, batch)
+        before = state
+        state, decision = jp.prune(state, method, optimizer, context)
+        yield number, before, state, decision
+
+
+def params_of(state):
+    return jp.count(state.adapters, state.masks)
+
+
+@pytest.mark.parametrize("form", ["plain", "scan"])
+def test_budgets_are_kept_ranks_fall_and_the_last_one_is_the_target(form):
+    states = list(train(form))
+    first, last = states[0][1], states[-1][2]
+    start = params_of(first)
+    events = [(number, before, after) for number, before, after, decision in states if decision]
+    assert [number for number, *_ in events] == [6, 12, 18]
+    for event, (_, before, after) in enumerate(events, start=1):
+        assert params_of(after) <= math.floor(start * (1 - 0.7 * bezier()(event / 3)))
+        assert all(live(after.masks)[path] <= rank for path, rank in live(before.masks).items())
+    assert params_of(last) <= math.floor(0.3 * start)
+
+
+def test_importance_is_the_papers_equation_in_float64():
+    _, before, _, _ = next(item for item in train() if item[0] == 6)
+    params, _, forward, _, batch = world()
+    grads = jax.grad(lambda a: loss_fn(lambda x: forward(params, a, before.masks, x), batch, None))(before.adapters)
+    found = gradient_importance(grads, before.masks)
+    for path, grad in grads.items():
+        a, b = np.asarray(grad.a, np.float64), np.asarray(grad.b, np.float64)
+        expected = np.sqrt((a**2).mean() * (b**2).mean()) * np.sqrt(a.shape[1])
+        np.testing.assert_allclose(found[path], expected, rtol=1e-5)
+
+
+def test_the_moving_average_and_what_it_measures():
+    """I <- beta I + (1 - beta) I_new over the steps since the last event, the first event taking I_new alone."""
+    beta, sums, count, expected = 0.25, {}, 0, None
+    params, _, forward, _, batch = world()
+    previous = None
+    for number, _, after, _ in train(ema_decay=beta, steps=12):
+        count += 1
+        base = previous or _initial()
+        grads = jax.grad(lambda a, m=base.masks: loss_fn(lambda x: forward(params, a, m, x), batch, None))(
+            base.adapters
+        )
+        for path, value in gradient_importance(grads, base.masks).items():
+            sums[path] = sums.get(path, 0.0) + float(value)
+        if number in (6, 12):
+            new = {path: value / count for path, value in sums.items()}
+            expected = new if expected is None else {p: beta * expected[p] + (1 - beta) * new[p] for p in new}
+            for path, value in expected.items():
+                np.testing.assert_allclose(after.method_state.importance[path], value, rtol=1e-4)
+            sums, count = {}, 0
+        previous = after
+
+
+def _initial():
+    _, sites, _, context, _ = world()
+    method = jp.dplora(**SETTINGS)
+    start = method.start(context)
+    return jp.init_state(jax.random.key(4), start.adapters, start.masks, optax.adamw(1e-2), method, sites)
+
+
+def test_the_survivors_are_the_components_of_largest_norm():
+    for _, before, after, decision in train():
+        for path in decision.masks if decision else ():
+            lora, mask = before.adapters[path], np.asarray(before.masks[path]) > 0
+            norms = np.linalg.norm(lora.a, axis=0) * np.linalg.norm(lora.b, axis=1)
+            kept = np.asarray(after.masks[path]) > 0
+            assert kept[~mask].sum() == 0
+            if kept.any() and (mask & ~kept).any():
+                assert norms[kept].min() >= norms[mask & ~kept].max()
+
+
+def test_a_growing_scale_keeps_alpha():
+    for _, before, after, decision in train(rescale=True):
+        for path in decision.masks if decision else ():
+            rank = live(after.masks)[path]
+            if rank:
+                alpha = before.adapters[path].scale * live(before.masks)[path]
+                assert after.adapters[path].scale == pytest.approx(alpha / rank)
+
+
+def test_importance_on_single_samples():
+    params, _, forward, context, batch = world()
+    _, before, after, _ = next(item for item in train(importance="samples") if item[0] == 6)
+    expected: dict[str, list[float]] = {path: [] for path in before.adapters}
+    for sample in batch["x"]:
+        one = {"x": sample[None]}
+        loss = lambda a, o=one: loss_fn(lambda x: forward(params, a, before.masks, x), o, None)  # noqa: E731
+        for path, grad in jax.grad(loss)(before.adapters).items():
+            a, b = np.asarray(grad.a, np.float64), np.asarray(grad.b, np.float64)
+            expected[path].append(np.sqrt((a**2).mean() * (b**2).mean()) * np.sqrt(a.shape[1]))
+    for path, values in expected.items():
+        np.testing.assert_allclose(after.method_state.importance[path], np.mean(values), rtol=1e-4)
+
+
+def test_another_schedule_prunes_at_another_pace():
+    bends = [params_of(after) for *_, after, decision in train() if decision]
+    front = [params_of(after) for *_, after, decision in train(schedule=early) if decision]
+    assert front[0] < bends[0] and abs(front[-1] - bends[-1]) <= 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(target=1.0), "target 1.0 is out of range"),
+        (dict(ema_decay=-0.1), "ema_decay -0.1 is out of range"),
+        (dict(events=0), "at least 1"),
+        (dict(events=30), "at most 23 events"),
+        (dict(recovery_steps=6), "recovery of 6 steps does not fit between events 6 steps apart"),
+        (dict(importance="gradient"), "expected one of training, samples"),
+    ],
+)
+def test_settings_that_cannot_be(settings, said):
+    with pytest.raises(jp.UsageError, match=said):
+        jp.dplora(**{**SETTINGS, **settings})
+
+
+def test_a_target_that_leaves_no_rank_for_a_type_is_refused_before_training():
+    with pytest.raises(
+        jp.UsageError, match="would leave 12 adapter parameters, and a rank for each type of site takes 40"
+    ):
+        jp.dplora(**{**SETTINGS, "target": 0.95}).start(world()[3])
+    with pytest.raises(jp.UsageError, match="needs the context with its samples"):
+        method = jp.dplora(**{**SETTINGS, "importance": "samples"})
+        state = _initial()._replace(step=jnp.int32(6))
+        jp.prune(state, method, optax.adamw(1e-2))
