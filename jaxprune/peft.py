@@ -1,12 +1,14 @@
 """Exchange adapters with Hugging Face PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
 Pruned adapters have a rank of their own at every site. They are written with the scale folded into A and alpha = rank
-everywhere, so that s = alpha / r = 1 for every reader, also for those that know only the global alpha and r.
+everywhere, so that s = alpha / r = 1 for every reader, also for those that know only the global alpha and r. A folder holds
+LoRA or DoRA; other kinds of adapters are written as the LoRA that does the same, where there is one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Adapters, Lora, Masks, Weight
+from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
 from jaxprune.errors import UsageError, nearest
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
 
@@ -33,9 +35,10 @@ _TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _VLLM_MAX_RANK = 512
+_MAGNITUDE = ".lora_magnitude_vector"
 # Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices",
+    "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices",
     "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -48,22 +51,29 @@ def save_peft(
     masks: Masks,
     folder: str | os.PathLike[str],
     *,
+    initial: Adapters | None = None,
     torch_paths: TorchPaths | None = None,
     params: Mapping[str, Any] | None = None,
     base_model: str | None = None,
     task_type: str | None = "SEQ_CLS",
     profile: str = "peft",
 ) -> None:
-    """Write LoRA adapters and the trained head as a folder that Hugging Face PEFT loads.
+    """Write adapters and the trained head as a folder that Hugging Face PEFT loads.
 
     Masked components are dropped, sites without a live one are left out, and s is folded into A: with k the live
-    components, lora_A = (s m_k A[:, k])^T and lora_B = B[k]^T in float32. The folder appears whole or not at all, after
-    it was read back and every product compared with s (A * m) B; an adapter that was there before is replaced.
+    components, lora_A = (s m_k A[:, k])^T and lora_B = B[k]^T in float32, and lora_magnitude_vector with DoRA. The folder
+    appears whole or not at all, after it was read back and every product compared with s (A * m) B; an adapter that was there
+    before is replaced.
+
+    PiSSA's adapters belong to kernels from which s A0 B0 was taken. Written is s (A B - A0 B0), of twice the rank, which
+    belongs to the checkpoint as it is: lora_A = [s A, -s A0]^T and lora_B = [B; B0]^T.
 
     Args:
-      adapters: {site path: Lora}, and {leaf path: Weight} for the leaves of the head.
+      adapters: {site path: adapter}, as `method.seen` gives them, and {leaf path: Weight} for the leaves of the head.
       masks: {site path: (r,)}; a site without a mask is taken whole.
       folder: where to write.
+      initial: what training started from, `start.adapters`; needed where factors were taken out of the kernels, and a copy
+        on the host (`jax.device_get`), since a training step donates its state.
       torch_paths: {module path: module path in the PyTorch model}; by default `/` becomes `.`. A site stacked by
         `nn.scan` needs a pattern with `{}` for the layer's number, or a sequence with a path for every layer.
       params: the model's parameters. PEFT saves a head whole; leaves of it that were not trained are taken from here.
@@ -72,18 +82,18 @@ def save_peft(
       profile: `"peft"`, or `"vllm"` to refuse what vLLM could not load.
 
     Raises:
-      UsageError: the format cannot express the adapters (a kind other than LoRA, biases or whole weights trained
-        outside the head), the head is incomplete, a path is missing in `torch_paths`, the folder cannot be written or
-        holds other files.
+      UsageError: the format cannot express the adapters (a kind that is no LoRA, LoRA beside DoRA, biases or whole weights
+        trained outside the head), `initial` or the head is incomplete, a path is missing in `torch_paths`, the folder
+        cannot be written or holds other files.
     """
-    loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
     weights = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Weight)}
-    for path, adapter in adapters.items():
-        if not isinstance(adapter, Lora | Weight):
-            raise UsageError(
-                f"adapter {path!r} is a {type(adapter).__name__}, which the PEFT LoRA format cannot express; "
-                f"merge the adapters into the parameters and save those"
-            )
+    loras, masks = _as_written({path: x for path, x in adapters.items() if path not in weights}, masks, initial)
+    doras = [path for path, adapter in loras.items() if isinstance(adapter, Dora)]
+    if doras and len(doras) < len(loras):
+        raise UsageError(
+            f"{len(doras)} adapters are DoRA and {len(loras) - len(doras)} are LoRA, which no PEFT folder holds together; "
+            f"merge the adapters into the parameters and save those"
+        )
     outside = [path for path in weights if not re.search(DEFAULT_EXCLUDE, path.rpartition("/")[0])]
     if outside:
         raise UsageError(
@@ -97,6 +107,8 @@ def save_peft(
             f"vLLM refuses adapters with a trained head, and here are {len(weights)} of its leaves and task_type "
             f"{task_type!r}; train without a head and pass task_type='CAUSAL_LM', or use profile='peft'"
         )
+    if profile == "vllm" and doras:
+        raise UsageError("vLLM refuses DoRA; merge the adapters into the parameters, or use profile='peft'")
     tensors, ranks = _lora_tensors(loras, masks, torch_paths)
     head, modules = _head_tensors(weights, params, torch_paths, list(ranks), task_type)
     bad = [key for key, value in {**tensors, **head}.items() if not np.isfinite(value).all()]
@@ -119,7 +131,7 @@ def save_peft(
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bool(doras),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -128,13 +140,14 @@ def save_peft(
     with _new_folder(Path(folder)) as new:
         save_file({**tensors, **head}, new / _TENSORS, metadata={"format": "pt"})
         (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _verify(new, loras, masks, torch_paths, head)
+        magnitudes = {key: value for key, value in tensors.items() if key.endswith(_MAGNITUDE)}
+        _verify(new, loras, masks, torch_paths, head, magnitudes)
 
 
 def load_peft(
     folder: str | os.PathLike[str], sites: Sequence[Site], *, torch_paths: TorchPaths | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a LoRA folder written by Hugging Face PEFT or by `save_peft`.
+    """Read a LoRA or DoRA folder written by Hugging Face PEFT or by `save_peft`.
 
     A = lora_A^T, B = lora_B^T and s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, where `rank_pattern` and
     `alpha_pattern` give a module its own r and alpha: the first of their keys that matches the end of its path wins.
@@ -145,11 +158,11 @@ def load_peft(
       torch_paths: as for `save_peft`; it has to name the modules of the head too.
 
     Raises:
-      UsageError: the folder is not a plain LoRA (DoRA, AdaLoRA, ...), cannot be read, or does not fit the sites; one
+      UsageError: the folder is neither LoRA nor DoRA (AdaLoRA, ...), cannot be read, or does not fit the sites; one
         message lists everything that does not.
 
     Returns:
-      (adapters, masks): {site path: Lora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
+      (adapters, masks): {site path: Lora or Dora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
       stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
     """
     folder = Path(folder)
@@ -159,11 +172,11 @@ def load_peft(
     problems = []
     for key, value in tensors.items():
         name = key.removeprefix(_PREFIX)
-        factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        factor = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))", name)
         if name == key:
             problems.append(f"unexpected key {key!r}, expected it to start with {_PREFIX!r}")
         elif factor:
-            factors.setdefault(factor[1], {})[factor[2]] = value
+            factors.setdefault(factor[1], {})[factor[2] or factor[3]] = value
         else:
             rest[name] = value
 
@@ -179,14 +192,17 @@ def load_peft(
                 layers.append(None)
                 continue
             r = int(rank(name))
-            expected = {"A": (r, site.d_in), "B": (site.d_out, r)}
-            got = {side: pair[side].shape if side in pair else "missing" for side in expected}
+            expected: dict[str, tuple[int, ...]] = {"A": (r, site.d_in), "B": (site.d_out, r)}
+            if config.get("use_dora"):
+                expected["magnitude_vector"] = (site.d_out,)
+            got = {part: pair[part].shape if part in pair else "missing" for part in {**expected, **pair}}
             if got != expected:
-                problems.append(f"{name}: lora_A, lora_B are {[*got.values()]}, expected {[*expected.values()]}")
+                parts = ", ".join(f"lora_{part}" for part in got)
+                problems.append(f"{name}: {parts} are {[*got.values()]}, expected {[*expected.values()]}")
                 layers.append(None)
                 continue
             scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
-            layers.append((pair["A"].T, pair["B"].T, scale))
+            layers.append((pair["A"].T, pair["B"].T, scale, pair.get("magnitude_vector")))
         if any(layers):
             adapters[site.path], masks[site.path] = _join(layers, site, dropout)
     problems += [f"module {name!r} has an adapter but is not among the sites" for name in factors]
@@ -212,6 +228,49 @@ def _torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | No
     return names
 
 
+def _as_written(adapters: Adapters, masks: Masks, initial: Adapters | None) -> tuple[dict[str, Lora], dict[str, Any]]:
+    """Return every adapter as LoRA or DoRA on the model's own kernel, with its mask where it has one."""
+    loras: dict[str, Lora] = {}
+    written: dict[str, Any] = {path: mask for path, mask in masks.items() if path in adapters}
+    for path, adapter in adapters.items():
+        if hasattr(adapter, "as_lora"):
+            adapter = adapter.as_lora(written.pop(path, None))
+        if not isinstance(adapter, Lora):
+            raise UsageError(
+                f"adapter {path!r} is a {type(adapter).__name__}, which the PEFT LoRA format cannot express; "
+                f"merge the adapters into the parameters and save those"
+            )
+        loras[path] = adapter
+    taken = {path: first for path, first in (initial or {}).items() if getattr(first, "residual", False)}
+    lost = [path for path, adapter in loras.items() if adapter.residual and path not in taken]
+    lost += [path for path, first in taken.items() if getattr(first.a, "is_deleted", bool)()]
+    if lost:
+        raise UsageError(
+            f"the factors of {len(lost)} adapters, first {lost[0]!r}, were taken out of the kernels; pass initial, a copy on "
+            f"the host of what training started from: jax.device_get(start.adapters)"
+        )
+    # Sites that compaction removed are in `taken` only; their kernels lack A0 B0 all the same.
+    for path, first in taken.items():
+        loras[path], written[path] = _on_own_kernel(path, loras.get(path), written.get(path), first)
+    return loras, written
+
+
+def _on_own_kernel(path: str, adapter: Lora | None, mask: Any, first: Lora) -> tuple[Lora, np.ndarray]:
+    """Return s (A * m) B - s0 A0 B0 as one adapter."""
+    if adapter is None:
+        adapter, mask = dataclasses.replace(first, a=first.a[..., :0], b=first.b[..., :0, :]), None
+    mask = np.ones((*adapter.a.shape[:-2], adapter.rank), np.float32) if mask is None else np.asarray(mask)
+    if isinstance(first, Dora) and not (mask > 0).any(-1).all():
+        raise UsageError(
+            f"DoRA site {path!r} has no live component, and its kernel is not the model's own, which the PEFT format cannot "
+            f"express; merge the adapters into the parameters and save those"
+        )
+    a = np.concatenate([adapter.a, np.asarray(first.a) * np.float32(-first.scale / adapter.scale)], -1)
+    b = np.concatenate([adapter.b, first.b], -2)
+    mask = np.concatenate([mask, np.ones((*first.a.shape[:-2], first.rank), np.float32)], -1)
+    return dataclasses.replace(adapter, a=a, b=b, residual=False), mask
+
+
 def _layers(adapter: Lora, mask: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (a, b, gate) of every stacked layer, in float32, where gate = s m."""
     a, b = np.asarray(adapter.a, np.float32), np.asarray(adapter.b, np.float32)
@@ -222,6 +281,11 @@ def _layers(adapter: Lora, mask: Any) -> Iterator[tuple[np.ndarray, np.ndarray, 
     yield from zip(*(x.reshape(count, *x.shape[len(stack) :]) for x in (a, b, gate)), strict=True)
 
 
+def _rows(value: Any) -> np.ndarray:
+    """Return a vector, or the vectors of a stack, as rows in float32."""
+    return np.asarray(value, np.float32).reshape(-1, value.shape[-1])
+
+
 def _lora_tensors(
     loras: Mapping[str, Lora], masks: Masks, torch_paths: TorchPaths | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -230,7 +294,7 @@ def _lora_tensors(
     seen: dict[str, str] = {}
     for path, adapter in loras.items():
         names = _torch_names(path, adapter.a.shape[:-2], torch_paths)
-        for name, (a, b, gate) in zip(names, _layers(adapter, masks.get(path)), strict=True):
+        for i, (name, (a, b, gate)) in enumerate(zip(names, _layers(adapter, masks.get(path)), strict=True)):
             if seen.setdefault(name, path) != path:
                 raise UsageError(f"sites {seen[name]!r} and {path!r} both have the torch path {name!r}")
             live = gate != 0
@@ -240,6 +304,8 @@ def _lora_tensors(
                 # The safetensors writer takes the bytes as they lie, so a transposed view would be saved untransposed.
                 tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
                 tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+                if isinstance(adapter, Dora):
+                    tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = _rows(adapter.magnitude)[i]
     if not ranks:
         raise UsageError("no adapter has a live component, so there is no LoRA to save; save the parameters instead")
     # A pattern also matches paths that end in it, and the first match wins: the longer path has to come first.
@@ -323,14 +389,18 @@ def _verify(
     masks: Masks,
     torch_paths: TorchPaths | None,
     head: Mapping[str, np.ndarray],
+    magnitudes: Mapping[str, np.ndarray],
 ) -> None:
-    """Read the folder back and compare every product s (A * m) B, every leaf of the head, and what there is of both."""
+    """Read the folder back and compare every product s (A * m) B, every leaf of the head, and what there is of both.
+
+    Magnitudes and the head must be the same to the bit.
+    """
     sites = [Site(p, x.a.shape[-2], x.b.shape[-1], 0, "", tuple(x.a.shape[:-2])) for p, x in loras.items()]
     back, back_masks = load_peft(folder, sites, torch_paths=torch_paths)
     found = sum(isinstance(adapter, Weight) for adapter in back.values())
     wrong = [] if found == len(head) else [f"{found} leaves of the head instead of {len(head)}"]
     stored = _read(folder)[1]
-    wrong += [key for key, value in head.items() if not np.array_equal(stored[key], value)]
+    wrong += [key for key, value in {**head, **magnitudes}.items() if not np.array_equal(stored[key], value)]
     for path, adapter in loras.items():
         nothing = Lora(adapter.a[..., :0], adapter.b[..., :0, :], 1.0)
         written, read = _layers(adapter, masks.get(path)), _layers(back.get(path, nothing), back_masks.get(path))
@@ -423,21 +493,30 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _join(layers: Sequence[tuple | None], site: Site, dropout: float) -> tuple[Lora, Any]:
-    """Make the adapter and the mask of a site from the (a, b, scale) of its layers."""
+    """Make the adapter and the mask of a site from the (a, b, scale, magnitude) of its layers."""
     if not site.stack:
         assert layers[0] is not None
-        a, b, scale = layers[0]
-        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout), jnp.ones(a.shape[1], jnp.float32)
+        a, b, scale, magnitude = layers[0]
+        return _lora_or_dora(a, b, scale, dropout, magnitude), jnp.ones(a.shape[1], jnp.float32)
     r = max(layer[0].shape[1] for layer in layers if layer)
     a = np.zeros((len(layers), site.d_in, r), np.float32)
     b = np.zeros((len(layers), r, site.d_out), np.float32)
     mask = np.zeros((len(layers), r), np.float32)
+    magnitude = np.ones((len(layers), site.d_out), np.float32)
     for i, layer in enumerate(layers):
         if layer:
             own = layer[0].shape[1]
             a[i, :, :own], b[i, :own], mask[i, :own] = layer[0] * np.float32(layer[2]), layer[1], 1
-    a, b, mask = (jnp.asarray(x.reshape(*site.stack, *x.shape[1:])) for x in (a, b, mask))
-    return Lora(a, b, 1.0, dropout), mask
+            magnitude[i] = 1 if layer[3] is None else layer[3]
+    a, b, mask, magnitude = (x.reshape(*site.stack, *x.shape[1:]) for x in (a, b, mask, magnitude))
+    dora = any(layer and layer[3] is not None for layer in layers)
+    return _lora_or_dora(a, b, 1.0, dropout, magnitude if dora else None), jnp.asarray(mask)
+
+
+def _lora_or_dora(a: Any, b: Any, scale: float, dropout: float, magnitude: Any) -> Lora:
+    if magnitude is None:
+        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout)
+    return Dora(jnp.asarray(a), jnp.asarray(b), scale, dropout, magnitude=jnp.asarray(magnitude))
 
 
 def _heads(

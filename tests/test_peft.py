@@ -246,7 +246,6 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"peft_type": "ADALORA"}, "ADALORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"bias": "all"}, "bias='all'"),
@@ -451,16 +450,10 @@ def test_reads_what_peft_writes(tmp_path, rslora):
     np.testing.assert_array_equal(adapters["head/dense/bias"].value, saved.dense.bias.detach().numpy())
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "AdaLoRA"])
-def test_refuses_other_kinds_that_peft_writes(tmp_path, kind):
+def test_refuses_other_kinds_that_peft_writes(tmp_path):
     peft = pytest.importorskip("peft")
     model, sites, torch_paths = torch_model("bert")
-    targets = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
-    config = (
-        peft.LoraConfig(use_dora=True, **targets)
-        if kind == "DoRA"
-        else peft.AdaLoraConfig(total_step=10, tinit=1, tfinal=2, **targets)
-    )
+    config = peft.AdaLoraConfig(total_step=10, tinit=1, tfinal=2, target_modules=["query"], task_type="SEQ_CLS")
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UsageError, match="use_dora" if kind == "DoRA" else "ADALORA"):
+    with pytest.raises(UsageError, match="ADALORA"):
         load_peft(tmp_path / "adapter", sites, torch_paths=torch_paths)

@@ -28,6 +28,9 @@ def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[s
         if leaf not in flat:
             raise UsageError(f"adapter path {path!r} is not in the parameters; nearest names: {nearest(leaf, flat)}")
         flat[leaf] = adapter.merge(flat[leaf], masks.get(path))
+    for path, adapter in adapters.items():  # now that trained biases are in place
+        if hasattr(adapter, "merge_bias") and (leaf := f"{path}/bias") in flat:
+            flat[leaf] = adapter.merge_bias(flat[leaf], masks.get(path))
     return unflatten(flat)
 
 

@@ -12,3 +12,4 @@ from jaxprune.models.hub import resolve as resolve
 from jaxprune.models.pretrained import Pretrained as Pretrained
 from jaxprune.models.pretrained import init_classifier as init_classifier
 from jaxprune.models.pretrained import load_classifier as load_classifier
+from jaxprune.models.save import save_classifier as save_classifier

@@ -37,6 +37,23 @@ class Family(NamedTuple):
     padded_positions: bool = False
 
 
+class Widths(NamedTuple):
+    """The inner widths of one layer, which may differ from layer to layer once channels were removed.
+
+    Attributes:
+      mlp: outputs of fc1.
+      key: width of the queries and keys in one head.
+      value: width of the values in one head.
+    """
+
+    mlp: int
+    key: int
+    value: int
+
+
+# The fields of a configuration that hold them layer by layer, in the order of `Widths`; config.json has the same names.
+WIDTHS = ("intermediate_sizes", "key_dims", "value_dims")
+
 FAMILIES = {
     "bert": Family(dense="pooler", activation="tanh"),
     "roberta": Family(dense="head/dense", activation="tanh", input_dropout=True, padded_positions=True),
@@ -68,6 +85,9 @@ class EncoderConfig:
       pad_token_id: id of the padding token.
       initializer_range: standard deviation of fresh weights.
       num_labels: outputs of the head.
+      intermediate_sizes: width of each layer's MLP, where channels were removed; None for `intermediate_size`.
+      key_dims: width of each layer's queries and keys in one head; None for `head_dim`.
+      value_dims: width of each layer's values in one head; None for `head_dim`.
       dtype: type of the computation; parameters stay float32 and are cast where they are used.
     """
 
@@ -90,6 +110,9 @@ class EncoderConfig:
     pad_token_id: int = 0
     initializer_range: float = 0.02
     num_labels: int = 2
+    intermediate_sizes: tuple[int, ...] | None = None
+    key_dims: tuple[int, ...] | None = None
+    value_dims: tuple[int, ...] | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -102,6 +125,10 @@ class EncoderConfig:
                 raise UsageError(f"{name}={getattr(self, name)} is too small; expected 1 or more")
         if self.hidden_size % self.num_heads:
             raise UsageError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        for name in WIDTHS:
+            widths = getattr(self, name)
+            if widths is not None and (len(widths) != self.num_layers or min(widths) < 1):
+                raise UsageError(f"{name}={widths} does not fit; expected {self.num_layers} numbers, each 1 or more")
         if self.max_length < 1:
             raise UsageError(
                 f"max_positions={self.max_positions} leaves no position after position_offset={self.position_offset}"
@@ -109,8 +136,14 @@ class EncoderConfig:
 
     @property
     def head_dim(self) -> int:
-        """Return the width of one attention head."""
+        """Return the width of one attention head; scores are divided by its root, also where channels were removed."""
         return self.hidden_size // self.num_heads
+
+    def widths(self, layer: int) -> Widths:
+        """Return the inner widths of a layer."""
+        whole = Widths(self.intermediate_size, self.head_dim, self.head_dim)
+        given = (getattr(self, name) for name in WIDTHS)
+        return Widths(*(width if of is None else of[layer] for width, of in zip(whole, given, strict=True)))
 
     @property
     def max_length(self) -> int:
@@ -148,6 +181,7 @@ class EncoderConfig:
             initializer_range=config.initializer_range,
             num_labels=num_labels,
             dtype=dtype,
+            **{name: tuple(widths) for name in WIDTHS if (widths := getattr(config, name, None)) is not None},
         )
         if family == "distilbert":
             return cls(
@@ -177,3 +211,47 @@ class EncoderConfig:
             classifier_dropout=hidden_dropout if classifier_dropout is None else classifier_dropout,
             **common,
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Translate to what config.json holds: `from_hf` of it gives this configuration again.
+
+        Inner widths that differ from layer to layer are keys that `transformers` does not know.
+
+        Raises:
+          UsageError: the family's configuration cannot say it.
+        """
+        if self.family == "distilbert":
+            own = dict(
+                architectures=["DistilBertForSequenceClassification"],
+                dim=self.hidden_size,
+                n_layers=self.num_layers,
+                n_heads=self.num_heads,
+                hidden_dim=self.intermediate_size,
+                activation=self.activation,
+                dropout=self.embedding_dropout,
+                attention_dropout=self.attention_dropout,
+                seq_classif_dropout=self.classifier_dropout,
+            )
+        else:
+            own = dict(
+                architectures=[{"bert": "Bert", "roberta": "Roberta"}[self.family] + "ForSequenceClassification"],
+                hidden_size=self.hidden_size,
+                num_hidden_layers=self.num_layers,
+                num_attention_heads=self.num_heads,
+                intermediate_size=self.intermediate_size,
+                hidden_act=self.activation,
+                hidden_dropout_prob=self.embedding_dropout,
+                attention_probs_dropout_prob=self.attention_dropout,
+                classifier_dropout=self.classifier_dropout,
+                type_vocab_size=self.type_vocab_size,
+                layer_norm_eps=self.layer_norm_eps,
+            )
+        common = dict(
+            model_type=self.family,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_positions,
+            pad_token_id=self.pad_token_id,
+            initializer_range=self.initializer_range,
+            **{name: list(widths) for name in WIDTHS if (widths := getattr(self, name)) is not None},
+        )
+        return {**own, **common, "id2label": {str(i): f"LABEL_{i}" for i in range(self.num_labels)}}

@@ -9,7 +9,7 @@ backward pass; only attention reshapes. The head reads first tokens alone, so th
 output projection and MLP for those tokens alone: the same logits and gradients, for a sixth of that layer's work.
 
 Shape letters: B rows, T row length, M = B*T tokens (or just those that are asked for), N examples, D width, S keys,
-H heads, K head width, F width of the MLP.
+H heads, K head width, V width of the values in a head, F width of the MLP.
 """
 
 from __future__ import annotations
@@ -74,45 +74,48 @@ class Attention(nn.Module):
     """Let each token in `queries_MxD` attend to the tokens `x_MxD` of its own row and segment: -> (M, D)."""
 
     config: EncoderConfig
+    layer: int
 
     @nn.compact
     def __call__(self, queries_MxD, x_MxD, queries: Queries):
-        cfg = self.config
+        cfg, widths = self.config, self.config.widths(self.layer)
 
-        def project(name, inputs_MxD, rows):
-            return _dense(cfg, cfg.hidden_size, name)(inputs_MxD).reshape(rows, -1, cfg.num_heads, cfg.head_dim)
+        def project(name, inputs_MxD, rows, width):
+            outputs = _dense(cfg, cfg.num_heads * width, name)(inputs_MxD)
+            return outputs.reshape(rows, -1, cfg.num_heads, width)
 
         rows, _, _, length = queries.mask.shape
-        q_BxTxHxK = project("query", queries_MxD, rows)
-        k_BxSxHxK = project("key", x_MxD, x_MxD.shape[0] // length)
-        v_BxSxHxK = project("value", x_MxD, x_MxD.shape[0] // length)
+        q_BxTxHxK = project("query", queries_MxD, rows, widths.key)
+        k_BxSxHxK = project("key", x_MxD, x_MxD.shape[0] // length, widths.key)
+        v_BxSxHxV = project("value", x_MxD, x_MxD.shape[0] // length, widths.value)
         if queries.rows is not None:
-            k_BxSxHxK, v_BxSxHxK = k_BxSxHxK[queries.rows], v_BxSxHxK[queries.rows]
-        out_BxTxHxK = self._attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, queries.mask)
-        out_MxD = _dense(cfg, cfg.hidden_size, "out")(out_BxTxHxK.reshape(-1, cfg.hidden_size))
+            k_BxSxHxK, v_BxSxHxV = k_BxSxHxK[queries.rows], v_BxSxHxV[queries.rows]
+        out_BxTxHxV = self._attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxV, queries.mask)
+        out_MxD = _dense(cfg, cfg.hidden_size, "out")(out_BxTxHxV.reshape(-1, cfg.num_heads * widths.value))
         return dropout(self, out_MxD, cfg.attention_output_dropout)
 
-    def _attend(self, q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask):
-        rate = self.config.attention_dropout
-        if rate == 0.0 or not self.has_rng("dropout"):
-            return jax.nn.dot_product_attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask=mask)
-        # jax.nn.dot_product_attention cannot drop probabilities. Below are its numerics (float32 scores and softmax,
-        # probabilities in the type of the values) with dropout in between.
+    def _attend(self, q_BxTxHxK, k_BxSxHxK, v_BxSxHxV, mask):
+        rate, scale = self.config.attention_dropout, self.config.head_dim**-0.5
+        if (rate == 0.0 or not self.has_rng("dropout")) and k_BxSxHxK.shape == v_BxSxHxV.shape:
+            return jax.nn.dot_product_attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxV, mask=mask, scale=scale)
+        # jax.nn.dot_product_attention can neither drop probabilities nor take values of another width. Below are its
+        # numerics (float32 scores and softmax, probabilities in the type of the values) with dropout in between.
         scores = jnp.einsum("BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask, scores * self.config.head_dim**-0.5, 0.7 * jnp.finfo(jnp.float32).min)
-        probs = dropout(self, jax.nn.softmax(scores, axis=-1).astype(v_BxSxHxK.dtype), rate)
-        return jnp.einsum("BHTS,BSHK->BTHK", probs, v_BxSxHxK)
+        scores = jnp.where(mask, scores * scale, 0.7 * jnp.finfo(jnp.float32).min)
+        probs = dropout(self, jax.nn.softmax(scores, axis=-1).astype(v_BxSxHxV.dtype), rate)
+        return jnp.einsum("BHTS,BSHV->BTHV", probs, v_BxSxHxV)
 
 
 class MLP(nn.Module):
     """Apply fc2(act(fc1(x))) and drop out: (M, D) -> (M, D)."""
 
     config: EncoderConfig
+    layer: int
 
     @nn.compact
     def __call__(self, x_MxD):
         cfg = self.config
-        x_MxF = ACTIVATIONS[cfg.activation](_dense(cfg, cfg.intermediate_size, "fc1")(x_MxD))
+        x_MxF = ACTIVATIONS[cfg.activation](_dense(cfg, cfg.widths(self.layer).mlp, "fc1")(x_MxD))
         return dropout(self, _dense(cfg, cfg.hidden_size, "fc2")(x_MxF), cfg.mlp_dropout)
 
 
@@ -120,13 +123,14 @@ class Layer(nn.Module):
     """Apply attention and MLP, each added to its input and then normalised."""
 
     config: EncoderConfig
+    layer: int
 
     @nn.compact
     def __call__(self, x_MxD, queries: Queries):
         q_MxD = x_MxD if queries.tokens is None else x_MxD[queries.tokens]
-        attended_MxD = Attention(self.config, name="attention")(q_MxD, x_MxD, queries)
+        attended_MxD = Attention(self.config, self.layer, name="attention")(q_MxD, x_MxD, queries)
         h_MxD = _norm(self.config, "attention_norm")(q_MxD + attended_MxD)
-        return _norm(self.config, "mlp_norm")(h_MxD + MLP(self.config, name="mlp")(h_MxD))
+        return _norm(self.config, "mlp_norm")(h_MxD + MLP(self.config, self.layer, name="mlp")(h_MxD))
 
 
 class Encoder(nn.Module):
@@ -138,7 +142,7 @@ class Encoder(nn.Module):
     def __call__(self, x_MxD, every: Queries, last: Queries):
         for i in range(self.config.num_layers):
             queries = last if i == self.config.num_layers - 1 else every
-            x_MxD = Layer(self.config, name=f"layer_{i}")(x_MxD, queries)
+            x_MxD = Layer(self.config, i, name=f"layer_{i}")(x_MxD, queries)
         return x_MxD
 
 

@@ -1,0 +1,119 @@
+"""A bottleneck on the output of a layer (Houlsby et al. 2019): y <- y + act(y D + c) * m U + e, one mask entry a unit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.adapters.base import Array, key_for, matmul
+from jaxprune.errors import UsageError
+from jaxprune.sites import Site
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["down", "down_bias", "up", "up_bias"],
+    meta_fields=["activation"],
+)
+@dataclass(frozen=True)
+class Bottleneck:
+    """Hold the two layers of one site with d outputs; every leaf has the stacked axes of its kernel in front.
+
+    Attributes:
+      down: D, (d, r).
+      down_bias: c, (r,).
+      up: U, (r, d).
+      up_bias: e, (d,).
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    down: Array
+    down_bias: Array
+    up: Array
+    up_bias: Array
+    activation: str = "gelu"
+
+    rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"down": -1, "down_bias": -1, "up": -2})
+
+    def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
+        """Return x W: the bottleneck comes after the bias."""
+        return matmul(x_NxI, kernel_IxO)
+
+    def finish(self, y_NxO: Array, mask: Array | None) -> Array:
+        """Return y + act(y D + c) * m U + e; without a live unit, y itself."""
+        z_NxR = ACTIVATIONS[self.activation](matmul(y_NxO, self.down) + self.down_bias.astype(y_NxO.dtype))
+        up_bias = self.up_bias
+        if mask is not None:
+            z_NxR = z_NxR * mask.astype(y_NxO.dtype)
+            up_bias = up_bias * jnp.max(mask, axis=-1, keepdims=True)  # compaction drops the site, and with it e
+        return y_NxO + matmul(z_NxR, self.up) + up_bias.astype(y_NxO.dtype)
+
+    def merge(self, kernel: Array, mask: Array | None) -> Array:
+        """Refuse.
+
+        Raises:
+          UsageError: always; a nonlinear layer is no change of a kernel.
+        """
+        raise UsageError(
+            "a bottleneck adapter is nonlinear and cannot be merged into a kernel; keep it beside the parameters and run the "
+            "model through `attach`"
+        )
+
+    def count(self, mask: Array | None) -> int:
+        """Count 2 d + 1 for every live unit, and d for the bias of a site that has one."""
+        width, d = self.up.shape[-2:]
+        units = jnp.ones((*self.up.shape[:-2], width)) if mask is None else mask
+        return int(jnp.sum(units)) * (2 * d + 1) + int(jnp.sum(jnp.max(units, axis=-1))) * d
+
+
+def init_bottleneck(
+    key: jax.Array, sites: Sequence[Site], widths: Mapping[str, int], *, activation: str = "gelu"
+) -> tuple[dict[str, Bottleneck], dict[str, Array]]:
+    """Create bottlenecks that change nothing yet: D ~ U(-1/sqrt(d), 1/sqrt(d)), the rest 0, masks of ones.
+
+    Args:
+      key: random key; every site draws from a key of its own, derived from its path.
+      sites: the sites of the model.
+      widths: {site path: units r}; a site of width 0, or absent, gets none.
+      activation: a key of `ACTIVATIONS`.
+
+    Raises:
+      UsageError: a width is negative, all are 0, a path is not a site, or the activation is unknown.
+
+    Returns:
+      (adapters, masks), both keyed by site path.
+    """
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"activation {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    unknown = sorted(set(widths) - {site.path for site in sites})
+    if unknown:
+        raise UsageError(f"widths name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites'")
+    if min(widths.values(), default=0) < 0 or not any(widths.values()):
+        raise UsageError(f"widths must be 0 or more and not all 0, got {sorted(set(widths.values()))}")
+    adapters, masks = {}, {}
+    for site in sites:
+        if not (width := widths.get(site.path, 0)):
+            continue
+        stack, d = site.stack, site.d_out
+        bound = 1.0 / math.sqrt(d)
+        down = jax.random.uniform(key_for(key, site.path), (*stack, d, width), jnp.float32, -bound, bound)
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+        adapters[site.path] = Bottleneck(
+            down, zeros((*stack, width)), zeros((*stack, width, d)), zeros((*stack, d)), activation
+        )
+        masks[site.path] = jnp.ones((*stack, width), jnp.float32)
+    return adapters, masks

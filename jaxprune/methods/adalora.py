@@ -1,0 +1,237 @@
+"""AdaLoRA (Zhang et al. 2023): a budget of components that shrinks over training and goes to where it matters.
+
+Every site trains s A diag(e) B. For each number w of A, e and B, with g its gradient and t the number of the step (1, 2, ...):
+
+    I(t) = |w g|,   I_bar <- beta1 I_bar + (1 - beta1) I,   U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|
+    score(w) = I_bar U_bar,   score of component j = score(e_j) + mean score(A[:, j]) + mean score(B[j, :])
+
+The components kept, of all sites together, fall from C0 = matrices * init_rank to C1 = matrices * target_rank:
+
+    C(t) = int(C1 + (C0 - C1) (1 - (t - tinit) / (T - tfinal - tinit))^3),  tinit < t < T - tfinal
+
+and every `interval` steps e_j <- 0 in the C0 - C(t) components of lowest score. That can be undone: e_j is trained on, and a
+component that earns a better score is spared at the next event. At t = T - tfinal the C1 best are chosen for good, by the last
+scores, and the others die. Throughout, the loss has the penalty weight * mean |A^T A - I|_F, over the A and B of all sites.
+
+`weights` says whose w enters I. `"before"` the update is the paper's algorithm 1. `"after"` is what the released code
+and Hugging Face PEFT do, where the allocator runs after `optimizer.step()`: the new w with the gradient that led to it, and
+before the masking. It costs a copy of the gradients, carried to the next step.
+
+Differences, and why:
+- PEFT masks e alone in the last phase and trains the A and B of what is masked on, with the penalty; here what dies is zero and
+  can be compacted, and the penalty leaves it out. Outputs and gradients of the survivors are the same but for the penalty.
+- The released code ranks again in the last phase, but with frozen scores, so it masks the same components.
+- Exactly C0 - C(t) components are masked. Both codes mask all whose score ties with the threshold, and PEFT fails where
+  nothing is to be masked. Here, of equal scores, sites first in the order of their paths stay, and low components.
+- Gradients enter before clipping; in both codes after, where the user clips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.adapters import Adapters, Masks, Svd, init_svd
+from jaxprune.allocate import uniform_plan
+from jaxprune.errors import UsageError
+from jaxprune.methods.base import Context, Method, Start
+from jaxprune.prune import Decision, gather
+from jaxprune.prune.components import host
+from jaxprune.schedules import cubic
+
+WEIGHTS = ("before", "after")
+
+
+class AdaLoraState(NamedTuple):
+    """What AdaLoRA remembers, trees shaped like the adapters.
+
+    Attributes:
+      sensitivity: I_bar.
+      uncertainty: U_bar.
+      gradients: of the last step, whose I is still to come; empty unless `weights="after"`.
+    """
+
+    sensitivity: dict[str, Svd]
+    uncertainty: dict[str, Svd]
+    gradients: dict[str, Svd]
+
+
+def adalora(
+    *,
+    total_steps: int,
+    init_rank: int = 12,
+    target_rank: int = 8,
+    tinit: int = 0,
+    tfinal: int = 0,
+    interval: int = 1,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    orthogonal: float = 0.5,
+    weights: str = "before",
+    alpha: float | None = None,
+    dropout: float = 0.0,
+) -> Method:
+    """Train all sites at one rank, and keep the components that matter.
+
+    Args:
+      total_steps: steps of the run, T.
+      init_rank: components at each site at the start.
+      target_rank: components a site at the end, on average.
+      tinit: steps before anything is masked.
+      tfinal: steps at the end in which the choice is fixed.
+      interval: steps between two choices.
+      beta1: decay of I_bar, in (0, 1).
+      beta2: decay of U_bar, in (0, 1).
+      orthogonal: weight of the penalty, 0 for none.
+      weights: `before` or `after` the update, see above.
+      alpha: numerator of s = alpha / (init_rank + 1e-5); None for 2 * init_rank.
+      dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
+    """
+    last = total_steps - tfinal
+    if not 0 <= tinit < last <= total_steps:
+        raise UsageError(
+            f"tinit {tinit} and tfinal {tfinal} leave none of the {total_steps} steps to prune in; "
+            f"expected 0 or more and tinit + tfinal < total_steps"
+        )
+    if not 1 <= target_rank <= init_rank:
+        raise UsageError(f"target_rank {target_rank} is out of range; expected 1 to init_rank {init_rank}")
+    if interval < 1 or orthogonal < 0 or not (0 < beta1 < 1 and 0 < beta2 < 1):
+        raise UsageError(
+            f"interval {interval}, orthogonal {orthogonal}, beta1 {beta1}, beta2 {beta2}: expected 1 or more, 0 or more, "
+            f"and twice a number between 0 and 1"
+        )
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHTS)}")
+    after = weights == "after"
+
+    def start(context: Context) -> Start:
+        plan = uniform_plan(context.sites, init_rank)
+        adapters, masks = init_svd(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        if after:
+            adapters = {path: dataclasses.replace(x, held=jnp.zeros_like(x.e)) for path, x in adapters.items()}
+        return Start(adapters, masks, plan)
+
+    def init(adapters, masks, sites) -> AdaLoraState:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, _weights(adapters))  # noqa: E731  (own buffers: a step donates them)
+        return AdaLoraState(zeros(), zeros(), zeros() if after else {})
+
+    def smoothed(state: AdaLoraState, values, grads) -> AdaLoraState:
+        ipt = jax.tree.map(lambda w, g: jnp.abs(w * g), values, grads)
+        mean = jax.tree.map(lambda old, new: beta1 * old + (1 - beta1) * new, state.sensitivity, ipt)
+        spread = jax.tree.map(
+            lambda old, new, m: beta2 * old + (1 - beta2) * jnp.abs(new - m), state.uncertainty, ipt, mean
+        )
+        return state._replace(sensitivity=mean, uncertainty=spread)
+
+    def observe(state, adapters, masks, grads, step, measured) -> AdaLoraState:
+        grads = _weights(grads)
+        if after:  # the step before this one is complete only now; its e is from before the masking
+            seen = smoothed(state, _weights(adapters, held=True), state.gradients)._replace(gradients=grads)
+            scored = step < last
+        else:
+            seen = smoothed(state, _weights(adapters), grads)
+            scored = step + 1 < last
+        return jax.tree.map(lambda new, old: jnp.where(scored, new, old), seen, state)
+
+    def project(state, adapters, masks, step):
+        values = _weights(adapters)
+        if after:
+            state = smoothed(state, values, state.gradients)
+        matrices = sum(math.prod(x.e.shape[:-1]) for x in values.values())
+        total = sum(x.e.size for x in values.values())
+        # Computed here, in double precision, since the truncation to integers is sharp.
+        numbers = range(0, last, interval)
+        table = [int(cubic(n, tinit, last, total, matrices * target_rank)) for n in numbers]
+        number = step + 1
+        event = number // interval
+
+        def masked():
+            budget = jnp.asarray(table, jnp.int32)[event]
+            kept = keep(triplets(state), masks, budget)
+            return {path: jnp.where(kept[path], x.e, 0) for path, x in values.items()}
+
+        due = (number > tinit) & (number < last) & (number % interval == 0)
+        e = jax.lax.cond(due, masked, lambda: {path: x.e for path, x in values.items()})
+        new = {p: dataclasses.replace(adapters[p], e=e[p], held=x.e if after else None) for p, x in values.items()}
+        return {**adapters, **new}
+
+    def decide(state, adapters, masks, step, context):
+        budget = target_rank * sum(math.prod(x.e.shape[:-1]) for x in state.sensitivity.values())
+        kept: dict[str, Any] = host(jax.jit(lambda: keep(triplets(state), masks, budget))())
+        return state, Decision(kept, report={"components": budget})
+
+    def compact(state, kept):
+        return AdaLoraState(*(gather(tree, kept) for tree in state))
+
+    return Method(
+        start,
+        init=init,
+        observe=observe,
+        decide=decide,
+        triggers=lambda number: number == last,
+        penalty=(lambda adapters: orthogonal * orthogonality(adapters)) if orthogonal else None,
+        project=project,
+        compact=compact,
+    )
+
+
+def _weights(adapters: Mapping[str, Any], held: bool = False) -> dict[str, Svd]:
+    """Take the trained leaves of the sites out of a tree like the adapters; `held` takes e from before the masking."""
+    sites = {path: x for path, x in adapters.items() if isinstance(x, Svd)}
+    return {p: dataclasses.replace(x, e=x.held if held else x.e, held=None) for p, x in sites.items()}
+
+
+def triplets(state: AdaLoraState) -> dict[str, jax.Array]:
+    """Score the components of every site: score(e_j) + mean score(A[:, j]) + mean score(B[j, :]), shaped as e."""
+    scores = jax.tree.map(jnp.multiply, state.sensitivity, state.uncertainty)
+    return {path: x.e + x.a.mean(-2) + x.b.mean(-1) for path, x in scores.items()}
+
+
+def keep(scores: Mapping[str, jax.Array], masks: Masks, budget: jax.Array | int) -> dict[str, jax.Array]:
+    """Tell the `budget` best components of all sites from the rest; works inside `jax.jit`.
+
+    Args:
+      scores: {site path: (r,) or (layers, r)}.
+      masks: of the same shapes; the dead are chosen last.
+      budget: components to keep.
+
+    Returns:
+      {site path: booleans}. Of equal scores, the path first in alphabetical order stays, then the lower index.
+    """
+    paths = sorted(scores)
+    flat = jnp.concatenate([jnp.where(masks[p] > 0, scores[p], -jnp.inf).reshape(-1) for p in paths])
+    order = jnp.argsort(-flat, stable=True)
+    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
+    parts, begin = {}, 0
+    for path in paths:
+        size = scores[path].size
+        parts[path] = kept[begin : begin + size].reshape(scores[path].shape)
+        begin += size
+    return parts
+
+
+def orthogonality(adapters: Adapters) -> jax.Array:
+    """Return the mean of |A^T A - I|_F and |B B^T - I|_F over all sites, over every layer of a stacked one.
+
+    Components that are exactly zero are dead and left out, so that compaction changes nothing.
+    """
+    norms, counted = jnp.zeros(()), jnp.zeros(())
+    for adapter in adapters.values():
+        if not isinstance(adapter, Svd):
+            continue
+        for rows in (jnp.swapaxes(adapter.a, -1, -2), adapter.b):
+            alive = jnp.any(rows != 0, axis=-1)
+            gram = jnp.matmul(rows, jnp.swapaxes(rows, -1, -2))
+            square = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1]) * alive[..., None]), axis=(-2, -1))
+            # The root has no derivative at 0, where a site has no component left.
+            norms += jnp.sum(jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0))
+            counted += jnp.sum(jnp.any(alive, axis=-1))
+    return norms / jnp.maximum(counted, 1)

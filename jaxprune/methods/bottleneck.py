@@ -1,0 +1,73 @@
+"""Bottleneck adapters, the first of the parameter-efficient methods: y <- y + act(y D + c) U + e on outputs of layers.
+
+- `houlsby` puts one after the attention's output projection and one after the MLP, in every layer (Houlsby et al. 2019,
+  "Parameter-efficient transfer learning for NLP");
+- `pfeiffer` puts one after the MLP alone (Pfeiffer et al. 2021, "AdapterFusion").
+
+Both come before the sum with the residual stream. Departures from the papers: U starts at exactly 0, not near it, so that
+training starts from the model itself; the model's dropout follows the bottleneck, where the papers put it before; the
+LayerNorms stay frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jaxprune.adapters import count, init_bottleneck
+from jaxprune.allocate import Plan
+from jaxprune.errors import UsageError, nearest
+from jaxprune.methods.base import Context, Method, Start
+
+
+def houlsby(
+    *,
+    reduction: float = 16.0,
+    width: int | None = None,
+    activation: str = "gelu",
+    types: Sequence[str] = ("out", "fc2"),
+) -> Method:
+    """Train a bottleneck after each attention and each MLP.
+
+    Args:
+      reduction: outputs of a site for each unit of its bottleneck; 16 makes 48 units of 768.
+      width: units at every site, instead of `reduction`.
+      activation: `gelu`, `relu`, `silu` or `tanh`.
+      types: types of the sites that end the attention and the MLP; `("o_proj", "down_proj")` in decoders.
+    """
+    return _bottleneck(reduction, width, activation, types)
+
+
+def pfeiffer(
+    *,
+    reduction: float = 16.0,
+    width: int | None = None,
+    activation: str = "relu",
+    types: Sequence[str] = ("fc2",),
+) -> Method:
+    """Train a bottleneck after each MLP; arguments as for `houlsby`."""
+    return _bottleneck(reduction, width, activation, types)
+
+
+def _bottleneck(reduction: float, width: int | None, activation: str, types: Sequence[str]) -> Method:
+    if (reduction if width is None else width) < 1:
+        raise UsageError(f"reduction={reduction}, width={width} leave no unit; expected 1 or more")
+
+    def start(context: Context) -> Start:
+        known = {site.type for site in context.sites}
+        for name in types:
+            if name not in known:
+                raise UsageError(
+                    f"no site of type {name!r} to put a bottleneck after; nearest types: {nearest(name, known)}; set types"
+                )
+        units = {
+            site.path: (width or max(1, int(site.d_out / reduction))) if site.type in types else 0
+            for site in context.sites
+        }
+        adapters, masks = init_bottleneck(context.key, context.sites, units, activation=activation)
+        cost = count(adapters, masks)
+        status = f"Bottlenecks after {len(adapters)} of {len(units)} sites ({', '.join(types)}), nothing optimised."
+        plan = Plan(units, math.nan, status, math.nan, 0.0, "uniform", cost, cost, tuple(context.sites))
+        return Start(adapters, masks, plan)
+
+    return Method(start)

@@ -1,0 +1,52 @@
+"""DoRA: LoRA for the directions of a kernel's columns, and a trained length for each (Liu et al. 2024).
+
+    W' = m * (W + s A B) / |W + s A B|,    m = |W + s A B| at the start,
+
+with norms by output channel that the gradient takes for constants. Any method whose adapters are LoRA becomes its DoRA by
+`with_dora`: ranks are planned, masked, pruned and compacted as before, since the magnitude has no rank axis. Budgets count the
+factors; the magnitudes, d_out for each adapted site, come on top.
+
+Source: "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5 and section 4.3; what dropout does is as in PEFT.
+"""
+
+from __future__ import annotations
+
+from jaxprune.adapters import to_dora
+from jaxprune.errors import UsageError
+from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.lora import lora
+from jaxprune.methods.pissa import pissa
+
+INITS = ("lora", "pissa")
+
+
+def dora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, init: str = "lora") -> Method:
+    """Give every site the same rank, and a magnitude.
+
+    Args:
+      rank: components at each site.
+      alpha: numerator of s = alpha / rank; None for what `init` takes: 2 * rank for LoRA, rank for PiSSA.
+      dropout: rate of the dropout on the adapters' inputs.
+      init: `"lora"`, or `"pissa"` for factors taken out of the kernels.
+
+    Raises:
+      UsageError: `init` is unknown.
+    """
+    if init not in INITS:
+        raise UsageError(f"init {init!r} is not known; expected one of {', '.join(INITS)}")
+    return with_dora((lora if init == "lora" else pissa)(rank=rank, alpha=alpha, dropout=dropout))
+
+
+def with_dora(method: Method) -> Method:
+    """Return the method with DoRA adapters in place of its LoRA ones; nothing else about it changes.
+
+    Raises (by `start`):
+      UsageError: the method's adapters are not LoRA.
+    """
+
+    def start(context: Context) -> Start:
+        begun = method.start(context)
+        params = context.params if begun.params is None else begun.params
+        return begun._replace(adapters=to_dora(begun.adapters, params))
+
+    return method._replace(start=start)

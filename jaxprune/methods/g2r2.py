@@ -1,0 +1,315 @@
+"""G2R2: whole LoRA modules go, the most redundant first, after a warm-up that only measures.
+
+With L = A B the module (d, k) of a site and G = dLoss/dL, on every step that measures
+
+    S = sum |G o L|,  R = d k / S                                                                      (eq. 5, 7)
+    Rbar <- b1 Rbar + (1 - b1) R;  Ubar <- b2 Ubar + (1 - b2) |R - Rbar|;  Rhat = Rbar Ubar             (eq. 8 to 10)
+
+Warm-up measures. Progressive pruning keeps the ceil(p M) of all M modules with the lowest Rhat, while p falls from p0 to
+pf by a cubic schedule; what is pruned stays zero. Refinement trains what is left, and measures nothing.
+
+Where this differs from the paper, and why:
+
+- Its eq. 6 for G from dA and dB does not hold. `score` chooses: `exact` (the default) forms G itself inside the backward
+  pass, a block of rows at a time, on one step in `interval`; `tangent` projects it on what dA and dB can tell; `as_written`
+  and `as_written_b` are the two unequal sides of eq. 6; `bound` and `free` are |G|_F |L|_F and |<A, dA>|; `factors` (R(A)
+  R(B)) and `random` are the ablation of table 4.
+- Its eq. 12 has (t - t_i - t_f) in the numerator, which starts far above 1; the usual t - t_i is meant.
+- Eq. 10 prunes noisy modules first, where the methods it follows keep them: `combine="div"` is Rbar / Ubar, `"none"` Rbar.
+- R is a reciprocal, so that a batch of tiny S is a spike in Rbar; `robust=True` smooths S before it is inverted.
+- A measurement with S = 0 (as at step 0, where B = 0) or not finite is skipped and counted. Nothing is pruned before every
+  module was measured.
+- S is not additive over microbatches: with accumulation `exact` and `bound` are means over microbatches, and the other
+  scores see the accumulated gradient.
+
+A site stacked by `nn.scan` is one module for each layer. Compaction drops the sites whose modules are all pruned.
+
+Source: "Enhancing PEFT Efficiency by Adaptively Reducing Low-Rank Modules" (G2R2), sections 3.2 and 3.3, tables 4 and 9 to 11.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Adapters, Lora, Masks
+from jaxprune.adapters.base import key_for
+from jaxprune.errors import UsageError, nearest
+from jaxprune.methods.base import Context, Method, Probes
+from jaxprune.methods.lora import lora
+from jaxprune.prune import Decision
+from jaxprune.schedules import cubic
+from jaxprune.scores import redundancy
+from jaxprune.scores.probe import GradientProbe
+from jaxprune.sites import Site, site_at
+
+# Of x, the gradient at the product's output and the factors, reduced inside the backward pass; the same of a dense G.
+_INSIDE: dict[str, tuple[Callable, Callable]] = {
+    "exact": (redundancy.sensitivity, redundancy.dense_sensitivity),
+    "bound": (redundancy.bound, redundancy.dense_bound),
+}
+# Of (A, B, dA, dB).
+_OF_FACTORS: dict[str, Callable] = {
+    "tangent": redundancy.tangent,
+    "as_written": redundancy.as_written_a,
+    "as_written_b": redundancy.as_written_b,
+    "free": redundancy.free,
+    "factors": redundancy.factors,
+}
+REDUNDANCY_SCORES = (*_INSIDE, *_OF_FACTORS, "random")
+COMBINES = ("mul", "none", "div")
+_TINY = np.finfo(np.float64).tiny
+
+
+class Redundancy(NamedTuple):
+    """What is known of a site's module, each () or (layers,).
+
+    Attributes:
+      smooth: Rbar.
+      uncertainty: Ubar.
+      sensitivity: the same average of S.
+      count: measurements that went in.
+      skipped: measurements that did not, being zero or not finite.
+    """
+
+    smooth: jax.Array
+    uncertainty: jax.Array
+    sensitivity: jax.Array
+    count: jax.Array
+    skipped: jax.Array
+
+
+class G2R2State(NamedTuple):
+    """{site path: what is known of its module}, and M, the modules at the start."""
+
+    sites: dict[str, Redundancy]
+    modules: jax.Array
+
+
+def g2r2(
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    total_steps: int | None = None,
+    warmup: float = 0.1,
+    progressive: float = 0.1,
+    initial: float = 1.0,
+    final: float = 0.2,
+    score: str = "exact",
+    interval: int = 10,
+    beta1: float = 0.85,
+    beta2: float = 0.95,
+    combine: str = "mul",
+    robust: bool = False,
+    abrupt: bool = False,
+    seed: int = 0,
+) -> Method:
+    """Train LoRA of one rank, and prune whole modules down to a fraction of them.
+
+    Args:
+      rank: components at each site.
+      alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
+      dropout: rate of the dropout on the adapters' inputs.
+      total_steps: optimiser steps of the whole run, needed where a stage is a fraction of it.
+      warmup: T_w, optimiser steps that only measure; below 1 a fraction of `total_steps`.
+      progressive: T_p, optimiser steps over which modules go; below 1 a fraction of `total_steps`.
+      initial: p0, the fraction of modules kept when pruning begins.
+      final: pf, the fraction kept at its end.
+      score: one of `REDUNDANCY_SCORES`, see above.
+      interval: steps from one measurement, and the pruning that may follow it, to the next.
+      beta1: decay of Rbar.
+      beta2: decay of Ubar.
+      combine: Rhat is Rbar Ubar (`mul`), Rbar (`none`) or Rbar / Ubar (`div`).
+      robust: smooth S before inverting it.
+      abrupt: prune all at once, at the end of the progressive stage; for comparison.
+      seed: of the `random` score.
+
+    Raises:
+      UsageError: a setting is out of range, the stages do not fit into the run, or nothing would be measured before the
+        last pruning.
+
+    Source: G2R2, algorithm 1.
+    """
+    for name, value, known in (("score", score, REDUNDANCY_SCORES), ("combine", combine, COMBINES)):
+        if value not in known:
+            raise UsageError(
+                f"{name} {value!r} is not known; expected one of {', '.join(known)}; nearest: {nearest(value, known, 1)}"
+            )
+    if not 0 < final <= initial <= 1:
+        raise UsageError(f"fractions kept, {initial} to {final}, are out of range; expected 0 < final <= initial <= 1")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise UsageError(f"decays {beta1} and {beta2} are out of range; expected 0 or more and below 1")
+    first = _steps("warmup", warmup, total_steps)
+    last = first + _steps("progressive", progressive, total_steps)
+    if total_steps is not None and last > total_steps:
+        raise UsageError(f"warm-up and pruning take {last} steps, and the run has {total_steps}; shorten them")
+    if last <= first:
+        raise UsageError(f"progressive {progressive} is no whole step; expected at least one step of pruning")
+    if not 1 <= interval < last:
+        raise UsageError(
+            f"interval {interval} measures nothing before pruning ends at step {last}; expected 1 to {last - 1}"
+        )
+
+    def due(step: Any) -> Any:
+        return (step >= 1) & (step < last) & (step % interval == 0)
+
+    def triggers(number: int) -> bool:
+        return number == last or (not abrupt and first < number < last and bool(due(number - 1)))
+
+    def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> G2R2State:
+        shapes = {path: adapter.a.shape[:-2] for path, adapter in adapters.items() if isinstance(adapter, Lora)}
+        dtypes = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+        known = {path: Redundancy(*(jnp.zeros(shape, dtype) for dtype in dtypes)) for path, shape in shapes.items()}
+        return G2R2State(known, jnp.int32(sum(math.prod(shape) for shape in shapes.values())))
+
+    def update(state: G2R2State, adapters: Adapters, masks: Masks, measured: dict[str, jax.Array]) -> G2R2State:
+        new = {
+            path: _averaged(
+                known, measured[path], masks[path], adapters[path].a.shape[-2] * adapters[path].b.shape[-1],
+                beta1, beta2, robust,
+            )
+            for path, known in state.sites.items()
+        }  # fmt: skip
+        return state._replace(sites=new)
+
+    def observe(state: G2R2State, adapters: Adapters, masks: Masks, grads, step, measured) -> G2R2State:
+        if score in _INSIDE:
+            return state if measured is None else update(state, adapters, masks, measured)
+
+        def measure() -> G2R2State:
+            if score == "random":
+                key = jax.random.fold_in(jax.random.key(seed), step)
+                drawn = {p: _random(key, p, adapters[p], known.count.shape) for p, known in state.sites.items()}
+                return update(state, adapters, masks, drawn)
+            return update(state, adapters, masks, factor_scores(score, adapters, grads, state.sites))
+
+        return jax.lax.cond(due(step), measure, lambda: state)
+
+    def decide(
+        state: G2R2State, adapters: Adapters, masks: Masks, step: int, context: Context | None
+    ) -> tuple[G2R2State, Decision | None]:
+        began = time.perf_counter()
+        known, before = jax.device_get((state.sites, {path: masks[path] for path in state.sites}))
+        # Modules in the order of layers: of equally redundant ones the earlier stays.
+        paths = sorted(known, key=lambda path: (site_at(path, 0, 0).layer, path))
+        modules = [(path, index) for path in paths for index in np.ndindex(known[path].count.shape)]
+        alive = np.array([(before[path][index] > 0).any() for path, index in modules], bool)
+        share = final if step >= last else cubic(step, first, last, initial, final)
+        # The 1e-9 keeps a product such as 0.1 * 30 from being rounded up to the next module.
+        keep = max(1, math.ceil(share * int(state.modules) - 1e-9))
+        report = {
+            "share": share,
+            "modules": int(alive.sum()),
+            "skipped": int(sum(np.sum(site.skipped) for site in known.values())),
+        }
+        measured = np.array([known[path].count[index] > 0 for path, index in modules], bool)
+        if not measured[alive].all():
+            late = {"status": f"nothing pruned: {int((alive & ~measured).sum())} modules could not be measured"}
+            return state, Decision({}, report={**report, **late}) if step >= last else None
+        redundant = np.array([_combined(combine, known[path], index) for path, index in modules])
+        order = np.lexsort((redundant, ~alive))
+        gone = [modules[i] for i in order[keep:] if alive[i]]
+        if not gone:
+            return state, None
+        after: dict[str, Any] = {path: np.array(before[path]) for path, _ in gone}
+        for path, index in gone:
+            after[path][index] = 0
+        report |= {"modules": int(alive.sum()) - len(gone), "seconds": time.perf_counter() - began}
+        return state, Decision(after, report=report)
+
+    def compact(state: G2R2State, kept: dict[str, np.ndarray]) -> G2R2State:
+        return state._replace(sites={path: site for path, site in state.sites.items() if kept[path].shape[-1]})
+
+    probes = None
+    if score in _INSIDE:
+
+        def wrap(adapters: Adapters, zeros: dict[str, jax.Array]) -> dict[str, Any]:
+            probed = {path: GradientProbe(adapters[path], tau, *_INSIDE[score]) for path, tau in zeros.items()}
+            return {**adapters, **probed}
+
+        probes = Probes(_zeros, wrap, due)
+    return Method(
+        lora(rank=rank, alpha=alpha, dropout=dropout).start,
+        init=init,
+        observe=observe,
+        decide=decide,
+        triggers=triggers,
+        probes=probes,
+        compact=compact,
+    )
+
+
+def factor_scores(score: str, adapters: Adapters, grads: Adapters, paths: Any) -> dict[str, jax.Array]:
+    """Return S of every site by one of the scores that need the factors and their gradients alone.
+
+    Returns:
+      {site path: ()}, or (layers,) where stacked.
+    """
+    found = {}
+    for path in paths:
+        one = _OF_FACTORS[score]
+        leaves = [leaf.astype(jnp.float32) for tree in (adapters, grads) for leaf in (tree[path].a, tree[path].b)]
+        for _ in leaves[0].shape[:-2]:
+            one = jax.vmap(one)
+        found[path] = one(*leaves)
+    return found
+
+
+def _averaged(
+    known: Redundancy, measured: jax.Array, mask: jax.Array, entries: int, beta1: float, beta2: float, robust: bool
+) -> Redundancy:
+    alive = jnp.any(mask > 0, axis=-1)
+    redundancy_now = entries / measured
+    valid = alive & jnp.isfinite(measured) & (measured > 0) & jnp.isfinite(redundancy_now)
+    count = known.count + valid
+    sensitivity = beta1 * known.sensitivity + (1 - beta1) * measured
+    if robust:
+        redundancy_now = entries * (1 - beta1 ** count.astype(jnp.float32)) / sensitivity
+    smooth = beta1 * known.smooth + (1 - beta1) * redundancy_now
+    uncertainty = beta2 * known.uncertainty + (1 - beta2) * jnp.abs(redundancy_now - smooth)
+    keep = functools.partial(jnp.where, valid)
+    return Redundancy(
+        keep(smooth, known.smooth),
+        keep(uncertainty, known.uncertainty),
+        keep(sensitivity, known.sensitivity),
+        count,
+        known.skipped + (alive & ~valid),
+    )
+
+
+def _combined(combine: str, known: Redundancy, index: tuple[int, ...]) -> float:
+    smooth, uncertainty = float(known.smooth[index]), float(known.uncertainty[index])
+    if combine == "mul":
+        return smooth * uncertainty
+    return smooth if combine == "none" else smooth / max(uncertainty, _TINY)
+
+
+def _random(key: jax.Array, path: str, adapter: Lora, shape: tuple[int, ...]) -> jax.Array:
+    """Draw S = d k u, u uniform, so that R does not know the module's size."""
+    entries = adapter.a.shape[-2] * adapter.b.shape[-1]
+    return entries * jax.random.uniform(key_for(key, path), shape, minval=1e-6, maxval=1.0)
+
+
+def _zeros(adapters: Adapters) -> dict[str, jax.Array]:
+    loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
+    return {path: jnp.zeros(adapter.a.shape[:-2], jnp.float32) for path, adapter in loras.items()}
+
+
+def _steps(name: str, value: float, total_steps: int | None) -> int:
+    if value < 0:
+        raise UsageError(
+            f"{name} {value} is out of range; expected a number of steps, or a fraction of the run below 1"
+        )
+    if value >= 1 or value == 0:
+        return round(value)
+    if total_steps is None:
+        raise UsageError(f"{name} {value} is a fraction of the run: give total_steps, or {name} as a number of steps")
+    return round(value * total_steps)

@@ -1,0 +1,209 @@
+"""LoRA-drop (Zhou et al. 2024): keep the LoRA of the layers whose output matters, let all other layers share one.
+
+LoRA is trained for a while. Then the importance of a layer is measured on a sample of the data,
+
+    I_l = mean over samples of sum over sites of l and tokens of |s x A B|^2,   share_l = I_l / sum_k I_k
+
+The layers of largest share keep their own LoRA until their shares add up to T. Of the others, all sites of one type and one
+shape use one LoRA from then on, and training goes on. The shared one starts as that of the most important layer among them.
+
+What the paper leaves open, or what could only be read about it second hand: which layer the shared LoRA starts from;
+that training goes on with what was trained so far; a layer's sites count together (`per="site"` ranks the sites of each type
+apart). Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
+
+Sharing is a property of the adapter: `view` spreads a shared one over its sites, so that `Method.seen` gives plain LoRA to
+merge and to export.
+
+Source: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation", arXiv 2402.07721, COLING 2025.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Adapters, Lora, Masks, SharedLora, init_lora
+from jaxprune.adapters.base import Array, matmul
+from jaxprune.allocate import uniform_plan
+from jaxprune.errors import UsageError
+from jaxprune.methods.base import Context, Method, Start
+from jaxprune.prune import Decision
+from jaxprune.prune.components import host
+from jaxprune.sites import Site, site_at
+
+PER = ("layer", "site")
+
+
+def loradrop(
+    *,
+    measure_at: int,
+    rank: int = 8,
+    threshold: float = 0.9,
+    per: str = "layer",
+    alpha: float | None = None,
+    dropout: float = 0.0,
+) -> Method:
+    """Train LoRA, then let the layers of little output share.
+
+    Args:
+      measure_at: the step after which importance is measured.
+      rank: components at each site.
+      threshold: T, the share of the importance whose layers keep a LoRA of their own, in (0, 1].
+      per: rank `layer`s, or the `site`s of each type.
+      alpha: numerator of s = alpha / rank; None for s = 2.
+      dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
+    """
+    if measure_at < 1 or not 0 < threshold <= 1:
+        raise UsageError(f"measure_at {measure_at}, threshold {threshold}: expected 1 or more, and above 0 to 1")
+    if per not in PER:
+        raise UsageError(f"per {per!r} is not known; expected one of {', '.join(PER)}")
+
+    def start(context: Context) -> Start:
+        plan = uniform_plan(context.sites, rank)
+        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+
+    def decide(state, adapters, masks, step, context):
+        if context is None or not context.batches:
+            raise UsageError("LoRA-drop measures on data and got none; give prune a context with batches")
+        importance = output_importance(context, adapters, masks)
+        return state, _share(importance, adapters, masks, threshold, per)
+
+    def view(adapters, masks, key, step):
+        new_adapters, new_masks = dict(adapters), dict(masks)
+        for path, x in adapters.items():
+            if isinstance(x, SharedLora):
+                lora, mask = x.spread(masks[path])
+                for user in (path, *x.members):
+                    new_adapters[user], new_masks[user] = lora, mask
+        return new_adapters, new_masks
+
+    return Method(start, decide=decide, triggers=lambda number: number == measure_at, view=view)
+
+
+def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:
+    """Measure sum over all tokens of |s x A B|^2 at every LoRA site, over the batches of the context.
+
+    One forward and backward pass a batch, with nothing dropped; needs `attach`, since a merged kernel has no outputs.
+
+    Returns:
+      {site path: () or (layers,)}; a constant factor from the mean over samples would cancel in the shares.
+    """
+    loras = {path: x for path, x in adapters.items() if isinstance(x, Lora)}
+    taus = {path: jnp.zeros(x.a.shape[:-2], jnp.float32) for path, x in loras.items()}
+
+    def loss(taus, adapters, params, batch):
+        taps = {path: _OutputTap(adapters[path], tau) for path, tau in taus.items()}
+        apply = lambda *inputs, **kw: context.forward(params, {**adapters, **taps}, masks, *inputs, **kw)  # noqa: E731
+        value = context.loss_fn(apply, batch, None)
+        return value[0] if isinstance(value, tuple) else value
+
+    measure = jax.jit(jax.grad(loss))
+    rows = [jax.device_get(measure(taus, dict(adapters), context.params, batch)) for batch in context.batches]
+    return {path: np.asarray(np.sum([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["adapter", "tau"], meta_fields=[])
+@dataclass(frozen=True)
+class _OutputTap:
+    """Compute what the adapter computes, and hand |s x A B|^2 to tau as its gradient."""
+
+    adapter: Lora
+    tau: Array
+
+    def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
+        return matmul(x_NxI, kernel_IxO) + _measured(matmul(x_NxI, self.adapter.delta(mask)), self.tau)
+
+    def merge(self, kernel: Array, mask: Array | None) -> Array:
+        raise UsageError("LoRA-drop measures outputs of adapters, which a merged kernel has none of; use attach")
+
+
+@jax.custom_vjp
+def _measured(value: Array, tau: Array) -> Array:
+    return value
+
+
+def _backward(value: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, jnp.sum(jnp.square(value.astype(jnp.float32)))
+
+
+_measured.defvjp(lambda value, tau: (value, value), _backward)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One layer of one site: where its LoRA is and what may share with it."""
+
+    site: Site
+    row: int
+    value: float
+
+    def name(self, per: str) -> tuple[Any, ...]:
+        """Say what it is ranked as: its layer, or itself."""
+        return (self.site.layer, self.row) if per == "layer" else (self.site.path, self.row)
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        site = self.site
+        return (site.path,) if site.stack else (site.type, site.d_in, site.d_out)
+
+
+def _share(
+    importance: Mapping[str, np.ndarray], adapters: Adapters, masks: Masks, threshold: float, per: str
+) -> Decision:
+    parts = []
+    for path, values in importance.items():
+        *stack, d_in, _ = adapters[path].a.shape
+        site = site_at(path, d_in, adapters[path].b.shape[-1], tuple(stack))
+        parts += [_Part(site, row, float(value)) for row, value in enumerate(np.ravel(values))]
+    own = _retained(parts, threshold, per)
+    others: dict[tuple[Any, ...], list[_Part]] = {}
+    for part in sorted(parts, key=lambda p: (-p.value, p.name(per), p.site.path)):
+        if part.name(per) not in own:
+            others.setdefault(part.group, []).append(part)
+
+    new_masks: dict[str, Any] = host({path: masks[path] for path in importance})
+    shared: dict[str, SharedLora] = {}
+    for first, *rest in others.values():
+        if not rest:  # alone, it shares with nobody
+            continue
+        path, lora = first.site.path, adapters[first.site.path]
+        rows = np.arange(np.size(importance[path])) if first.site.stack else np.zeros(0, int)
+        for part in rest:
+            mask = new_masks[part.site.path] = np.array(new_masks[part.site.path])
+            mask.reshape(-1, mask.shape[-1])[part.row] = 0
+            if first.site.stack:
+                rows[part.row] = first.row
+        members = () if first.site.stack else tuple(part.site.path for part in rest)
+        shared[path] = SharedLora.of(lora, members, tuple(int(row) for row in rows))
+    kept = sum(part.value for part in parts if part.name(per) in own) / sum(part.value for part in parts)
+    return Decision(new_masks, shared, report={"own": len(own), "share": kept})
+
+
+def _retained(parts: Sequence[_Part], threshold: float, per: str) -> set[Any]:
+    """Name the layers, or the sites, that keep their own: the best until their shares reach the threshold."""
+    own: set[Any] = set()
+    for kind in sorted({part.site.type if per == "site" else "" for part in parts}):
+        values: dict[Any, float] = {}
+        for part in parts:
+            if per == "layer" or part.site.type == kind:
+                values[part.name(per)] = values.get(part.name(per), 0.0) + part.value
+        total, reached = sum(values.values()), 0.0
+        if not 0 < total < np.inf:
+            raise UsageError(
+                f"the outputs of LoRA add up to {total}, so no layer can be ranked; measure later in training"
+            )
+        for name in sorted(values, key=lambda n: (-values[n], n)):
+            if reached >= threshold * total:
+                break
+            own.add(name)
+            reached += values[name]
+    return own

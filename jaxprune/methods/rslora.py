@@ -1,0 +1,26 @@
+"""Rank-stabilised LoRA (Kalajdzievski 2023): s = alpha / sqrt(r), so that high ranks learn as fast as low ones."""
+
+from __future__ import annotations
+
+import math
+
+from jaxprune.adapters import init_lora
+from jaxprune.allocate import uniform_plan
+from jaxprune.methods.base import Context, Method, Start
+
+
+def rslora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+    """Give every site the same rank, and the scale s = alpha / sqrt(rank).
+
+    Args:
+      rank: components at each site.
+      alpha: numerator of s; None for 8, PEFT's default.
+      dropout: rate of the dropout on the adapters' inputs.
+    """
+
+    def start(context: Context) -> Start:
+        plan = uniform_plan(context.sites, rank)
+        scale = (8.0 if alpha is None else alpha) / math.sqrt(max(rank, 1))  # rank 0 is refused below
+        return Start(*init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan)
+
+    return Method(start)

@@ -1,0 +1,181 @@
+"""DoRA against its formula in float64, its gradients against one written out, its masks, and its folder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.adapters.base import drop
+from jaxprune.prune import Decision
+from jaxprune.sites import flatten
+from tests.test_attach import random_adapters, reference_logits
+from tests.tower import FORMS, tower
+
+
+def random_doras(params, dead=0, **kw):
+    """Draw factors and magnitudes, the magnitudes away from the norms."""
+    loras, masks = random_adapters(params, dead=dead, **kw)
+    doras = jp.to_dora(loras, params)
+    moved = {
+        path: dataclasses.replace(x, magnitude=x.magnitude * (1.2 + 0.5 * jnp.sin(jnp.arange(x.magnitude.shape[-1]))))
+        for path, x in doras.items()
+    }
+    return moved, masks
+
+
+def merged_by_hand(params, adapters, masks):
+    """m V / |V| in float64, column by column; the kernel itself where no component lives."""
+    flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
+    for path, x in adapters.items():
+        kernel, a, b = flat[f"{path}/kernel"], np.asarray(x.a, np.float64), np.asarray(x.b, np.float64)
+        mask, magnitude = np.asarray(masks[path], np.float64), np.asarray(x.magnitude, np.float64)
+        new = kernel.copy()
+        for layer in np.ndindex(kernel.shape[:-2]):
+            v = kernel[layer] + x.scale * (a[layer] * mask[layer]) @ b[layer]
+            if mask[layer].any():
+                for o in range(v.shape[1]):
+                    new[layer][:, o] = magnitude[layer][o] * v[:, o] / np.sqrt((v[:, o] ** 2).sum())
+        flat[f"{path}/kernel"] = new
+    return flat
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_merge_and_gradients_equal_the_formula(form):
+    model, params, x = tower(form)
+    adapters, masks = random_doras(params, dead=1)
+    if "scan" in form:  # one layer without a live component among others that have some
+        masks = {path: mask.at[1].set(0.0) for path, mask in masks.items()}
+    by_hand = merged_by_hand(params, adapters, masks)
+    forward = jp.attach(model)
+    np.testing.assert_allclose(
+        jax.jit(forward)(params, adapters, masks, x), reference_logits(form, by_hand, x), rtol=1e-4, atol=1e-5
+    )
+    merged = flatten(jp.merge(params, adapters, masks))
+    for path, expected in by_hand.items():
+        np.testing.assert_allclose(merged[path], expected, rtol=1e-5, atol=1e-6)
+
+    weight_space = jp.attach_function(lambda params, x: model.apply({"params": params}, x))
+    ours, other = (
+        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(params, a, masks, x) ** 2)))(adapters)
+        for f in (forward, weight_space)
+    )
+    for left, right in zip(*map(jax.tree.leaves, (ours, other)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()))
+    for grad in ours.values():
+        assert not np.any(grad.a[..., :, :1]) and not np.any(grad.b[..., :1, :])
+
+
+def test_gradients_take_the_norm_for_a_constant():
+    """d/dm, d/dA and d/dB of sum(c * x V m / n) with n held, written out in float64."""
+    rng = np.random.default_rng(0)
+    x, w, a, b, c = (rng.normal(size=shape) for shape in [(7, 6), (6, 5), (6, 3), (3, 5), (7, 5)])
+    m, s = rng.uniform(0.5, 2, 5), 0.7
+    adapter = jp.Dora(jnp.float32(a), jnp.float32(b), s, magnitude=jnp.float32(m))
+    grads = jax.grad(lambda p: jnp.sum(c * p.linear(jnp.float32(x), jnp.float32(w), None, None)))(adapter)
+    v = w + s * a @ b
+    gain = m / np.linalg.norm(v, axis=0)
+    g_v = x.T @ (c * gain)
+    np.testing.assert_allclose(grads.a, s * g_v @ b.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads.b, s * a.T @ g_v, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads.magnitude, (c * (x @ v)).sum(0) * gain / m, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_thins_the_change_alone():
+    rng = np.random.default_rng(1)
+    x, w, a, b = (rng.normal(size=shape) for shape in [(7, 6), (6, 5), (6, 3), (3, 5)])
+    m, key = rng.uniform(0.5, 2, 5), jax.random.key(3)
+    adapter = jp.Dora(jnp.float32(a), jnp.float32(b), 2.0, 0.4, magnitude=jnp.float32(m))
+    dropped = np.asarray(drop(jnp.float32(x), 0.4, key), np.float64)
+    assert (dropped == 0).any()
+    gain = m / np.linalg.norm(w + 2 * a @ b, axis=0)
+    expected = x @ w + (gain - 1) * (dropped @ w) + gain * 2 * (dropped @ a @ b)
+    np.testing.assert_allclose(
+        adapter.linear(jnp.float32(x), jnp.float32(w), None, key), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bfloat16_rounds_outputs_and_not_the_gain():
+    """Rounded itself, a gain of 1.005 would be 1.0078 for every token; the tokens' own rounding averages out."""
+    kernel = jnp.ones((1, 1))
+    adapter = jp.Dora(jnp.zeros((1, 1)), jnp.zeros((1, 1)), 1.0, magnitude=jnp.array([1.005]))
+    x = jnp.linspace(1, 2, 1000, dtype=jnp.bfloat16)[:, None]
+    y = adapter.linear(x, kernel.astype(jnp.bfloat16), None, None)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.mean(y.astype(jnp.float32) / x.astype(jnp.float32)), 1.005, atol=1e-3)
+
+
+def test_a_column_of_zeros_gives_no_nan():
+    kernel = jnp.ones((4, 2)).at[:, 1].set(0.0)
+    adapter = jp.to_dora({"fc": jp.Lora(jnp.ones((4, 1)), jnp.zeros((1, 2)), 2.0)}, {"fc": {"kernel": kernel}})["fc"]
+    value, grads = jax.value_and_grad(lambda p: jnp.sum(p.linear(jnp.ones((3, 4)), kernel, None, None)))(adapter)
+    np.testing.assert_allclose(adapter.merge(kernel, None), kernel, rtol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in [value, *jax.tree.leaves(grads)])
+
+
+@pytest.mark.parametrize("form", ["plain", "scan_of_remat"])
+def test_rank_pruning_works_and_compaction_changes_nothing(form):
+    model, params, x = tower(form)
+    sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adamw(1e-2)
+
+    def decide(state, adapters, masks, step, context):
+        first, *rest = sorted(masks)
+        dead = {first: np.zeros_like(masks[first])}
+        return state, Decision({**dead, **{path: np.asarray(masks[path].at[..., 0].set(0.0)) for path in rest}})
+
+    method = jp.with_dora(jp.lora(rank=3))._replace(decide=decide, triggers=lambda number: number == 2)
+    context = jp.Context(jax.random.key(3), params, sites, forward, lambda *a: 0.0)
+    start = method.start(context)
+    assert all(isinstance(adapter, jp.Dora) for adapter in start.adapters.values())
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(
+        forward, lambda apply, batch, key: jnp.mean((apply(batch) - 1) ** 2), optimizer, method, donate=False
+    )
+    for _ in range(2):
+        state, _ = step(params, state, x)
+    state, decision = jp.prune(state, method, optimizer)
+    assert decision is not None
+    small = jp.compacted(state, method, optimizer)
+    assert sorted(small.adapters) == sorted(state.adapters)[1:]
+    assert jp.count(small.adapters, small.masks) == jp.count(state.adapters, state.masks)
+    layers = 3 if "scan" in form else 1
+    assert jp.count(small.adapters, small.masks) == sum(
+        layers * (2 * (s.d_in + s.d_out) + s.d_out) for s in sites if s.path in small.adapters
+    )
+    for _ in range(2):
+        state, left = step(params, state, x)
+        small, right = step(params, small, x)
+        np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+
+
+def test_dplora_prunes_dora():
+    model, params, x = tower()
+    sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adamw(1e-2)
+    loss_fn = lambda apply, batch, key: jnp.mean((apply(batch["x"]) - 1) ** 2)  # noqa: E731
+    method = jp.with_dora(jp.dplora(total_steps=12, events=2, target=0.5, ranks=range(5), solver="DP"))
+    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [{"x": x}])
+    start = method.start(context)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+    counts = [jp.count(state.adapters, state.masks)]
+    for _ in range(12):
+        state, metrics = step(params, state, {"x": x})
+        state, decision = jp.prune(state, method, optimizer, context)
+        if decision:
+            counts.append(jp.count(state.adapters, state.masks))
+    assert len(counts) == 3 and counts[0] > counts[1] > counts[2]
+    assert all(isinstance(adapter, jp.Dora) for adapter in state.adapters.values()) and np.isfinite(metrics["loss"])
+
+
+def test_only_lora_becomes_dora():
+    _, params, _ = tower()
+    context = jp.Context(jax.random.key(0), params, jp.find_sites(params), None, None)
+    with pytest.raises(jp.UsageError, match="is a LoraFA; only Lora can become DoRA"):
+        jp.with_dora(jp.lorafa(rank=2)).start(context)
+    with pytest.raises(jp.UsageError, match="init 'svd' is not known"):
+        jp.dora(init="svd")
+    with pytest.raises(jp.UsageError, match="not in the parameters"):
+        jp.to_dora(jp.lora(rank=2).start(context).adapters, {})

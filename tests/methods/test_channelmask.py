@@ -1,0 +1,204 @@
+"""Channel masks: the straight-through gradient, the temperature, what is counted, when it freezes, and the control."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.adapters import MaskedDora, mask_channels, settle, to_dora
+from jaxprune.adapters.channel import SETTLED
+from jaxprune.methods.channelmask import density, draw, temperature
+from tests.tower import tower
+
+
+def masked(logits, heads=1, d_in=5):
+    """A site with these logits, and as many channels as they stand for."""
+    logits = jnp.asarray(logits, jnp.float32)
+    d_out = logits.shape[-1] if logits.shape[-1] > heads else logits.shape[-1] * heads
+    site = jp.Site("fc1", d_in, d_out, 0, "fc1")
+    lora, _ = jp.init_lora(jax.random.key(0), [site], {"fc1": 2})
+    kernel = jax.random.normal(jax.random.key(1), (d_in, d_out))
+    dora = to_dora(lora, {"fc1": {"kernel": kernel}})["fc1"]
+    return dataclasses.replace(mask_channels(dora, heads=heads), logits=logits), kernel
+
+
+def started(method, form="plain"):
+    model, params, x = tower(form)
+    sites = jp.find_sites(params)
+    context = jp.Context(jax.random.key(3), params, sites, jp.attach(model), loss_fn, [{"x": x}])
+    return context, method.start(context), {"x": x}
+
+
+def loss_fn(apply, batch, key):
+    return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
+
+
+def test_straight_through_gradient_is_that_of_the_tempered_sigmoid():
+    logits = np.array([0.7, -0.4, 2.0, -1.5, 0.1, 3.0], np.float32)
+    adapter, _ = masked(logits)
+    key, tau, weight = jax.random.key(5), 0.4, np.linspace(-1, 2, 6)
+
+    def value(logits):
+        seen = dataclasses.replace(adapter, logits=draw(logits, key, jnp.float32(tau)))
+        return jnp.sum(weight * seen.channels(None))
+
+    noise = np.asarray(draw(jnp.zeros(6), key, jnp.float32(1.0)), np.float64)
+    y = 1 / (1 + np.exp(-(logits.astype(np.float64) + noise) / tau))
+    got, gradient = jax.value_and_grad(value)(jnp.asarray(logits))
+    np.testing.assert_allclose(got, np.sum(weight * (y > 0.5)), rtol=1e-6)
+    np.testing.assert_allclose(gradient, weight * y * (1 - y) / tau, rtol=1e-4, atol=1e-6)
+
+
+def test_a_draw_is_one_with_the_probability_of_the_sigmoid_at_any_temperature():
+    for tau in (1.0, 0.3):
+        ones = draw(jnp.full(40_000, 1.2), jax.random.key(0), jnp.float32(tau)) > 0
+        assert abs(float(ones.mean()) - 1 / (1 + np.exp(-1.2))) < 0.01
+
+
+def test_temperature_falls_exponentially_over_stage_one_and_stays():
+    got = [float(temperature(jnp.int32(step), 100, 1.0, 0.3)) for step in (0, 25, 50, 100, 400)]
+    np.testing.assert_allclose(got, [1.0, 0.3**0.25, 0.3**0.5, 0.3, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "heads", "want"),
+    [
+        ([-3.0, -1, -2, -5], 1, [0, 1, 0, 0]),
+        ([-3.0, -1, -2, -5], 2, [0, 1, 1, 0]),
+        ([1.0, -1, -2, -2], 2, [1, 0, 1, 0]),
+        ([-2.0, 4], 2, [0, 1, 0, 1]),  # one mask for both heads
+        ([-3.0, -1, -2, 0], 4, [1, 1, 1, 1]),  # heads of one channel cannot lose it
+    ],
+)
+def test_every_group_keeps_a_channel(logits, heads, want):
+    if want == [1, 1, 1, 1]:
+        adapter = dataclasses.replace(masked(jnp.zeros(4))[0], logits=jnp.asarray(logits), heads=4)
+    else:
+        adapter = masked(logits, heads)[0]
+    np.testing.assert_array_equal(adapter.channels(None), want)
+    np.testing.assert_array_equal(settle(adapter).channels(None), want)
+    assert set(np.abs(settle(adapter).logits)) == {SETTLED}
+
+
+def test_the_mask_multiplies_kernel_and_bias_and_leaves_a_dead_site_alone():
+    adapter, kernel = masked([1.0, -1, 2])
+    bias, x = jnp.array([0.5, 0.6, 0.7]), jax.random.normal(jax.random.key(2), (4, 5))
+    y = adapter.finish(adapter.linear(x, kernel, None, None) + bias, None)
+    want = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    np.testing.assert_allclose(y, want * [1, 0, 1], rtol=1e-5, atol=1e-6)
+    merged = jp.merge({"fc1": {"kernel": kernel, "bias": bias}}, {"fc1": adapter}, {})
+    np.testing.assert_allclose(merged["fc1"]["bias"], [0.5, 0, 0.7])
+    np.testing.assert_array_equal(merged["fc1"]["kernel"][:, 1], 0)
+    np.testing.assert_array_equal(adapter.channels(jnp.zeros(2)), 1)  # as if compacted
+
+
+def test_a_trained_bias_is_masked_too_whatever_the_order():
+    adapter, kernel = masked([1.0, -1, 2])
+    bias = {"fc1/bias": jp.Weight(jnp.array([2.0, 3.0, 4.0]))}
+    params = {"fc1": {"kernel": kernel, "bias": jnp.zeros(3)}}
+    for adapters in ({"fc1": adapter, **bias}, {**bias, "fc1": adapter}):
+        np.testing.assert_allclose(jp.merge(params, adapters, {})["fc1"]["bias"], [2, 0, 4])
+
+
+def test_density_weighs_channels_by_their_parameters():
+    small, big = masked([0.0, 0.0, 0.0], d_in=4)[0], masked([3.0, -1.0], heads=2, d_in=8)[0]  # 3 x 4; 2 x 2 x 8, shared
+    s = 1 / (1 + np.exp(-np.array([3.0, -1.0])))
+    want = (3 * 4 * 0.5 + 2 * 8 * s.sum()) / (3 * 4 + 4 * 8)
+    np.testing.assert_allclose(density({"a": small, "b": big}), want, rtol=1e-6)
+
+
+def test_target_drives_the_density():
+    adapters = {"a": masked([3.0] * 6)[0]}
+    penalty = jp.channelmask(total_steps=10, lam=50.0, target=0.4).penalty
+    for _ in range(200):
+        gradient = jax.grad(penalty)(adapters)
+        logits = adapters["a"].logits - 2 * gradient["a"].logits
+        adapters = {"a": dataclasses.replace(adapters["a"], logits=logits)}
+    np.testing.assert_allclose(density(adapters), 0.4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layers", "parameters"), [(6, 165_888), (12, 331_776)])
+def test_as_many_parameters_as_the_paper(layers, parameters):
+    """DistilBERT and RoBERTa-base, DoRA of rank 8 on query and value: 0.165M and 0.331M (tables 2 and 3)."""
+    kernel = np.zeros((768, 768), np.float32)
+    params = {f"layer_{i}": {name: {"kernel": kernel} for name in ("query", "value")} for i in range(layers)}
+    context = jp.Context(jax.random.key(0), params, jp.find_sites(params), lambda *a: None, loss_fn)
+    start = jp.channelmask(total_steps=10, channels="paper_like", heads=12).start(context)
+    assert jp.count(start.adapters, start.masks) == parameters
+
+
+def test_stage_one_learns_masks_and_stage_two_keeps_them():
+    method = jp.channelmask(total_steps=16, channels=("fc1",), rank=2, lam=3.0, start_logit=0.5)
+    context, start, batch = started(method, "scan")
+    # Ten times the rate for the logits, and no decay, as the class asks for.
+    label = lambda path, leaf: path[-1].name in MaskedDora.undecayed  # noqa: E731
+    labels = jax.tree_util.tree_map_with_path(label, dict(start.adapters))
+    factor = MaskedDora.rate["logits"]
+    optimizer = optax.multi_transform(
+        {False: optax.adamw(0.03, weight_decay=0.1), True: optax.adam(0.03 * factor)}, lambda tree: labels
+    )
+    state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method, context.sites)
+    step = jp.make_step(context.forward, loss_fn, optimizer, method, donate=False)
+    gates, decisions = [], []
+    for _ in range(16):
+        state, _ = step(context.params, state, batch)
+        state, decision = jp.prune(state, method, optimizer)
+        decisions += [decision] if decision else []
+        gates.append(np.asarray(state.adapters["layers/fc1"].logits) > 0)
+    assert len(decisions) == 1 and isinstance(state.adapters["layers/fc1"], MaskedDora)
+    assert decisions[0].report["channels"] == {"fc1": {"kept": gates[7].sum(), "of": 36}} and 0 < gates[7].sum() < 36
+    np.testing.assert_array_equal(gates[8:], [gates[7]] * 8)
+    assert (gates[0] != gates[7]).any()
+    np.testing.assert_array_equal(state.adapters["layers/fc1"].channels(None), gates[7])
+
+    def training_loss(adapters):
+        seen, masks = method.view(adapters, state.masks, jax.random.key(1), jnp.int32(12))
+        value = loss_fn(lambda x: context.forward(context.params, seen, masks, x), batch, None)
+        return value + method.penalty(adapters)
+
+    gradients = jax.jit(jax.grad(training_loss))(state.adapters)
+    for path, adapter in gradients.items():
+        assert np.abs(adapter.magnitude).max() > 0
+        if path == "layers/fc1":
+            np.testing.assert_array_equal(adapter.logits, 0)
+
+
+def test_uniform_control_prunes_the_smallest_magnitudes_of_every_head():
+    method = jp.uniformmask(total_steps=4, channels=("fc1",), rank=2, ratio=0.5)
+    context, start, batch = started(method)
+    path = "layer_1/fc1"
+    magnitude = np.array([5, 1, 2, 8, 3, 3, 3, 3, 9, 7, 6, 4], np.float32)  # three heads of four, ties to the left
+    for shared, want in ((False, [1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0]), (True, [1, 0, 0, 1] * 3)):
+        adapter = mask_channels(
+            to_dora({path: jp.Lora(start.adapters[path].a, start.adapters[path].b, 2.0)}, context.params)[path],
+            start=SETTLED, heads=3, shared=shared,
+        )  # fmt: skip
+        adapter = dataclasses.replace(adapter, magnitude=jnp.asarray(magnitude))
+        _, decision = method.decide((), {path: adapter}, {}, 2, None)
+        np.testing.assert_array_equal(decision.adapters[path].channels(None), want)
+    assert method.triggers(2) and not method.triggers(4)
+    assert jp.count(start.adapters, start.masks) == jp.count(jp.dora(rank=2).start(context).adapters, start.masks)
+
+
+def test_wrong_settings_say_what_to_do():
+    context, _, _ = started(jp.lora(rank=1))
+    for method, message in (
+        (jp.channelmask(total_steps=4, channels=("fc9",)), "no site of type 'fc9' to mask; nearest types: fc"),
+        (
+            jp.channelmask(total_steps=4, channels="usefull"),
+            "'usefull' is not known; expected one of paper_like, useful",
+        ),
+    ):
+        with pytest.raises(jp.UsageError, match=message):
+            method.start(context)
+    for settings in ({"stage": 0.0}, {"lam": -1.0}, {"target": 1.5}, {"temperatures": (1.0, 0.0)}):
+        with pytest.raises(jp.UsageError, match="out of range"):
+            jp.channelmask(total_steps=4, **settings)
+    with pytest.raises(jp.UsageError, match="ratio 1.0 is out of range"):
+        jp.uniformmask(total_steps=4, ratio=1.0)
+    with pytest.raises(jp.UsageError, match="do not divide into heads=5"):
+        mask_channels(masked([1.0, 2.0, 3.0])[0], heads=5)

@@ -1,0 +1,93 @@
+"""The second half of the common suite: what every method's state goes through when it is pruned, compacted and resumed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.prune import zero_dead
+from jaxprune.prune.components import along, map_moments
+from jaxprune.train import only_trained
+from tests.test_methods import METHODS, loss_fn
+from tests.tower import tower
+
+every = pytest.mark.parametrize("name", METHODS)
+STEPS, SAVED = 40, 17
+
+
+@functools.lru_cache
+def run(name, form="plain"):
+    """Train through all events; returns what the tests look at, with the state after step SAVED."""
+    model, params, x = tower(form)
+    sites, forward, batch = jp.find_sites(params), jp.attach(model), {"x": x}
+    method = METHODS[name]()
+    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
+    start = method.start(context)
+    params = params if start.params is None else start.params
+    optimizer = optax.adamw(1e-2)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+
+    def go(state, until):
+        decisions = []
+        while int(state.step) < until:
+            state, _ = step(params, state, batch)
+            state, decision = jp.prune(state, method, optimizer, context)
+            decisions += [decision] if decision else []
+        return state, decisions
+
+    middle, first = go(state, SAVED)
+    end, second = go(middle, STEPS)
+    return params, batch, forward, method, optimizer, sites, step, go, middle, end, first + second
+
+
+def arrays(tree):
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+
+
+@every
+def test_a_resumed_run_is_the_same_run(name, tmp_path):
+    _, _, _, method, optimizer, sites, _, go, middle, end, _ = run(name)
+    with jp.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(middle)
+    restored = jp.Checkpoints(tmp_path).restore(optimizer, method, sites)
+    assert jax.tree.structure(restored) == jax.tree.structure(middle)
+    for left, right in zip(arrays(go(restored, STEPS)[0]), arrays(end), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+PRUNING = {"dplora", "g2r2", "prunedlora", "adalora", "sora"}
+
+
+@every
+def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
+    params, batch, forward, method, optimizer, sites, step, _, _, end, decisions = run(name)
+    assert decisions or name not in PRUNING
+    jax.tree.map(np.testing.assert_array_equal, zero_dead(end.adapters, end.masks), dict(end.adapters))
+
+    def check(leaf, place):
+        mask = end.masks.get(place.path)
+        if place.axis is not None and mask is not None:
+            assert not np.asarray(jnp.where(along(mask, leaf, place.axis) > 0, 0, leaf)).any()
+        return leaf
+
+    map_moments(check, end.opt_state, end.adapters, only_trained(optimizer, end.adapters))
+    if not jp.compactable(end.masks):
+        assert name not in PRUNING, "the settings of this suite should prune something"
+        return
+    small = jp.compacted(end, method, optimizer)
+    assert jp.count(small.adapters, small.masks) == jp.count(end.adapters, end.masks)
+    assert sum(a.size for a in arrays(small.opt_state)) < sum(a.size for a in arrays(end.opt_state))
+    for _ in range(2):
+        outputs = [forward(params, *method.seen(s.adapters, s.masks), batch["x"]) for s in (end, small)]
+        np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-6)
+        (end, one), (small, other) = step(params, end, batch), step(params, small, batch)
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+    with_spec = jax.tree.structure(method.init(small.adapters, small.masks, sites))
+    assert jax.tree.structure(small.method_state) == with_spec, "a compacted run could not be resumed"
