@@ -13,7 +13,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -72,24 +72,31 @@ def main(arguments: list[str]) -> None:
         print(f"ratio of medians, peft / jaxprune: {np.median(seconds['peft']) / np.median(seconds['jaxprune']):.2f}")
 
 
-def our_step(config: StepConfig) -> Any:
-    """Return a function that runs one whole training step and waits for it."""
-    import jax
+class Setting(NamedTuple):
+    """An encoder with random weights and one batch of full rows."""
+
+    params: Any
+    sites: Any
+    forward: Any
+    loss_fn: Any
+    batch: dict[str, np.ndarray]
+
+
+def setting(size: str, batch: int, length: int) -> Setting:
+    """Make an encoder of a size, without dropout, and a batch for it."""
     import optax
 
     import jaxprune as jp
     from jaxprune.models import EncoderConfig, init_classifier
 
-    vocab, width, layers, heads, mlp = SIZES[config.size]
+    vocab, width, layers, heads, mlp = SIZES[size]
     still = dict.fromkeys(
         ("embedding_dropout", "attention_dropout", "attention_output_dropout", "mlp_dropout", "classifier_dropout"), 0.0
     )
-    roberta = config.size == "roberta-base"
-    family: dict[str, Any] = (
-        dict(family="roberta", type_vocab_size=1, max_positions=514, position_offset=2, pad_token_id=1)
-        if roberta
-        else {}
+    roberta: dict[str, Any] = dict(
+        family="roberta", type_vocab_size=1, max_positions=514, position_offset=2, pad_token_id=1
     )
+    family = roberta if size == "roberta-base" else {}
     encoder = EncoderConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -100,20 +107,30 @@ def our_step(config: StepConfig) -> Any:
         **family,
     )
     model, params = init_classifier(encoder)
-    sites = jp.find_sites(params)
-    adapters, masks = jp.init_lora(jax.random.key(0), sites, jp.uniform_plan(sites, config.rank).ranks)
-    optimizer = optax.adamw(1e-3)
 
     def loss_fn(apply, batch, key):
         return optax.softmax_cross_entropy_with_integer_labels(apply(batch["ids"]), batch["labels"]).mean()
 
-    step = jp.make_step(jp.attach(model), loss_fn, optimizer)
-    state = jp.init_state(jax.random.key(1), {**adapters, **jp.init_weights(params, "^head/")}, masks, optimizer)
     rng = np.random.default_rng(0)
-    batch = {
-        "ids": rng.integers(5, vocab, (config.batch, config.length), np.int32),
-        "labels": rng.integers(0, 2, config.batch, np.int32),
+    data = {
+        "ids": rng.integers(5, vocab, (batch, length), np.int32),
+        "labels": rng.integers(0, 2, batch, np.int32),
     }
+    return Setting(params, jp.find_sites(params), jp.attach(model), loss_fn, data)
+
+
+def our_step(config: StepConfig) -> Any:
+    """Return a function that runs one whole training step and waits for it."""
+    import jax
+    import optax
+
+    import jaxprune as jp
+
+    params, sites, forward, loss_fn, batch = setting(config.size, config.batch, config.length)
+    adapters, masks = jp.init_lora(jax.random.key(0), sites, jp.uniform_plan(sites, config.rank).ranks)
+    optimizer = optax.adamw(1e-3)
+    step = jp.make_step(forward, loss_fn, optimizer)
+    state = jp.init_state(jax.random.key(1), {**adapters, **jp.init_weights(params, "^head/")}, masks, optimizer)
 
     def run() -> None:
         nonlocal state

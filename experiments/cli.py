@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from experiments.stopping import Stopped
 from jaxprune.errors import UsageError
 from jaxprune.train import NonFiniteError
 
@@ -44,7 +45,7 @@ def _one_line(box: str) -> str:
 
 
 def main(run: Callable[[Any], object], config: type, program: str) -> None:
-    """Parse, run, and exit: 0 on success, 2 on wrong input, 1 where training broke off, 130 on Ctrl-C."""
+    """Parse, run, and exit: 0 on success, 2 on wrong input, 1 where training broke off, 128 + n on signal n."""
     try:
         run(parse(config, sys.argv[1:], program))
     except UsageError as error:
@@ -53,6 +54,9 @@ def main(run: Callable[[Any], object], config: type, program: str) -> None:
     except NonFiniteError as error:
         print(f"{program}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(f"{program}: stopped {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -24,13 +24,53 @@ DEFAULTS: dict[str, Any] = dict(
     max_length=128,
     warmup=0.06,
     budget=None,
+    score="absolute",
+    prune_ratio=0.6,
+    events=10,
+    recovery_steps=None,
+    budget_schedule="bezier",
+    ema_decay=0.9,
+    momentum=0.1,
+    stability=0.05,
+    importance="training",
+    scaling="constant",
 )
+
+# Flags that only some methods read; given with another, the run says that they have no effect.
+_RANKED = (
+    "lora", "oplora", "dplora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora", "dylora", "loradrop", "g2r2",
+    "prunedlora", "channelmask",
+)  # fmt: skip
+_PLANNED = ("oplora", "dplora")
+USES: dict[str, tuple[str, ...]] = {
+    "rank": _RANKED,
+    "alpha": tuple(name for name in _RANKED if name != "vera"),
+    "budget": _PLANNED,
+    "time_budget": _PLANNED,
+    "score": _PLANNED,
+    **dict.fromkeys(
+        (
+            "prune_ratio",
+            "events",
+            "recovery_steps",
+            "budget_schedule",
+            "ema_decay",
+            "momentum",
+            "stability",
+            "importance",
+        ),
+        ("dplora",),
+    ),
+    "scaling": ("dplora",),
+}
 
 
 # What may be left open: its docstring says in brackets what then stands, so that help need not add "None".
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+T = TypeVar("T")
+Choice = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
 
 
@@ -41,7 +81,27 @@ class GlueConfig:
     A flag wins over --preset, and a preset over the default in brackets.
     """
 
-    method: Literal["oplora", "lora", "full", "bitfit"] = "oplora"
+    method: Literal[
+        "oplora",
+        "dplora",
+        "g2r2",
+        "prunedlora",
+        "channelmask",
+        "lora",
+        "rslora",
+        "lorafa",
+        "vera",
+        "dora",
+        "pissa",
+        "adalora",
+        "sora",
+        "dylora",
+        "loradrop",
+        "houlsby",
+        "pfeiffer",
+        "bitfit",
+        "full",
+    ] = "oplora"
     """how to fine-tune"""
     model: Text = None
     """hub id or local folder of a BERT, RoBERTa or DistilBERT [sentence-transformers/all-MiniLM-L6-v2]"""
@@ -50,23 +110,49 @@ class GlueConfig:
     data_dir: Folder = None
     """folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub"""
     preset: Text = None
-    """the papers' settings for method and task: paper (tables 9 to 11) or efficiency (tables 12 to 14)"""
+    """the papers' settings for method and task: paper (tables 9 to 11), efficiency (tables 12 to 14) or released (of DPLoRA's
+    released code)"""
     rank: Whole = None
-    """lora: components at every site [8]; oplora: the most that a site may get [16]"""
+    """components at every site [8]; oplora, dplora: the most that a site may get [16]; adalora: the target, of 1.5 times as
+    many [8]; prunedlora: before pruning to half as many [16]; vera: of the shared pair [256]"""
     alpha: Number = None
     """the scale of an adapter is alpha / its rank [twice its rank, a scale of 2]"""
     targets: str = "all-linear"
     """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION"""
     budget: Whole = None
-    """adapter parameters oplora may spend [half of uniform rank 16]"""
-    score: Literal["absolute", "squared", "top10", "activation", "weight"] = "absolute"
-    """what oplora scores sites by"""
+    """adapter parameters oplora and dplora may start with [half of uniform rank 16]"""
+    time_budget: Number = None
+    """oplora, dplora: longest predicted training step, relative to LoRA of rank 16 everywhere, such as 0.5 [no limit]"""
+    score: Choice[Literal["absolute", "squared", "top10", "activation", "weight"]] = None
+    """what oplora and dplora score sites by before training [absolute]"""
     score_batches: int = 5
     """batches, of at most 500 samples together, that sites are scored on"""
     solver: str = "auto"
     """auto, CBC, GLPK_MI, HIGHS or DP"""
     time_limit: float = 60.0
     """seconds the solver may take; then its best plan so far is used, and said to be so"""
+    prune_ratio: Number = None
+    """dplora: share of the adapter parameters to prune while training [0.6]"""
+    events: Whole = None
+    """dplora: pruning events, spread evenly after warm-up [10]"""
+    recovery_steps: Whole = None
+    """dplora: steps without an event after one [half the steps between events, at most 100]"""
+    budget_schedule: Choice[Literal["bezier", "linear", "early"]] = None
+    """dplora: how the budget falls [bezier]"""
+    ema_decay: Number = None
+    """dplora: weight of the importance measured at earlier events; 0 for the latest alone [0.9]"""
+    momentum: Number = None
+    """dplora: price of a lost rank beside the loss of importance; 0 for none [0.1]"""
+    stability: Number = None
+    """dplora: reward for leaving a site as it is [0.05]"""
+    importance: Choice[Literal["training", "samples"]] = None
+    """dplora: measure on the gradients of training, or on single samples at every event as the released code [training]"""
+    scaling: Choice[Literal["constant", "grow"]] = None
+    """dplora: keep the scale of a site as it loses ranks, or alpha, so that the scale grows [constant]"""
+    set: tuple[str, ...] = ()
+    """further settings of the method, as NAME=VALUE; a wrong NAME lists them"""
+    compact: Literal["auto", "always", "never"] = "auto"
+    """remove pruned components for good: when the steps left pay for the compilation, after every event, or never"""
     epochs: Whole = None
     """passes over the training data [5]"""
     max_steps: Whole = None
@@ -97,6 +183,12 @@ class GlueConfig:
     """what the model computes in; parameters stay float32"""
     eval_steps: Whole = None
     """evaluate every so many steps [once an epoch]"""
+    save_steps: Whole = None
+    """save a checkpoint every so many steps, and at the end [at every evaluation]"""
+    keep: int = 2
+    """checkpoints to keep, besides the one with the best score"""
+    resume: bool = False
+    """go on with the run in the output folder from its last checkpoint; without one, start"""
     log_steps: int = 10
     """write a line to metrics.jsonl every so many steps"""
     seed: int = 42
@@ -116,11 +208,13 @@ class GlueConfig:
         """
         task, model = self.task or DEFAULT_TASK, self.model or DEFAULT_MODEL
         known = preset(self.preset, self.method, task) if self.preset else {}
+        # Of two values for one setting the later counts.
+        further = (*known.get("set", ()), *self.set)
         open_ = {name: {**DEFAULTS, **known}[name] for name in DEFAULTS if getattr(self, name) is None}
         folder = self.output_dir or Path("runs") / f"{task}-{self.method}-{self.seed}"
         if self.rank is None:
-            open_["rank"] = 16 if self.method == "oplora" else 8
-        config = replace(self, task=task, model=model, output_dir=folder, **open_)
+            open_["rank"] = {"oplora": 16, "dplora": 16, "prunedlora": 16, "vera": 256}.get(self.method, 8)
+        config = replace(self, task=task, model=model, output_dir=folder, set=further, **open_)
         config._check()
         return config
 
@@ -134,11 +228,15 @@ class GlueConfig:
         at_least(1, "rank", "budget", "epochs", "max_steps", "batch_size", "accumulate", "eval_steps")
         at_least(1, "log_steps", "max_train_samples", "score_batches")
         at_least(3, "max_length")
+        at_least(1, "events", "save_steps", "keep")
         at_least(0, "warmup", "weight_decay", "max_grad_norm", "lora_dropout", "time_limit", "seed")
+        at_least(0, "recovery_steps", "momentum", "stability")
+        for name in ("prune_ratio", "ema_decay", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {getattr(self, name)} is out of range; expected 0 or more and below 1")
         if self.learning_rate is None or not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning-rate {self.learning_rate} is out of range; expected a positive number")
-        if self.lora_dropout >= 1:
-            raise UsageError(f"--lora-dropout {self.lora_dropout} is out of range; expected 0 or more and below 1")
         if self.tensorboard and find_spec("tensorboardX") is None:
             raise UsageError("--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX")
         if self.batch_size % self.accumulate:
@@ -148,8 +246,8 @@ class GlueConfig:
 
     def idle(self) -> list[str]:
         """Name the flags that were given and that the method does not use."""
-        uses = {"lora": ("rank", "alpha"), "oplora": ("rank", "alpha", "budget")}.get(self.method, ())
-        return [name for name in ("rank", "alpha", "budget") if getattr(self, name) is not None and name not in uses]
+        given = (name for name in USES if getattr(self, name) is not None)
+        return [name.replace("_", "-") for name in given if self.method not in USES[name]]
 
     def target_patterns(self) -> str | list[str]:
         """Return `targets` as `find_sites` takes it."""

@@ -5,9 +5,10 @@ Everything that can be wrong with the input is found before the output folder is
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +17,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.build import make_method, make_optimizer, make_schedule
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
 from experiments.data import load_task
 from experiments.packing import Batches, evaluation_batches, single_example_batches
-from experiments.recording import Clock, Recorder, check_folder, make_folder, versions
+from experiments.pruning import Pruner, final_ranks
+from experiments.recording import Clock, Recorder, check_folder, make_folder, rewind, versions
+from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
 from experiments.tokens import encode
 from jaxprune import methods, report
-from jaxprune.adapters import Adapters, Masks, count, init_weights
+from jaxprune.adapters import Adapters, Masks, count, init_weights, merge
+from jaxprune.allocate import Plan
 from jaxprune.attach import attach
-from jaxprune.checkpoint import save_checkpoint
+from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError
-from jaxprune.models import Pretrained, load_classifier
+from jaxprune.models import Pretrained, load_classifier, save_classifier
 from jaxprune.peft import save_peft
-from jaxprune.sites import find_sites
+from jaxprune.prune import extract
+from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
 
 HEAD = r"^head/"
+# What the PEFT LoRA format cannot express.
+_NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer")
+# Settings that a resumed run may change without becoming another run.
+_FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
 
 
 class Data(NamedTuple):
@@ -55,7 +65,12 @@ def run(config: GlueConfig) -> dict[str, Any]:
     config = config.resolve()
     assert config.task and config.model and config.output_dir and config.epochs
     task, folder = get_task(config.task), config.output_dir
-    check_folder(folder, config.overwrite)
+    check_folder(folder, config.overwrite or config.resume)
+    if config.resume and (folder / "summary.json").exists():
+        print(f"finished   {folder}/ holds a finished run; nothing is left to resume")
+        return json.loads((folder / "summary.json").read_text())
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
+    kept = _look_back(config, checkpoints)
     use_compilation_cache()
 
     model = load_classifier(
@@ -74,62 +89,142 @@ def run(config: GlueConfig) -> dict[str, Any]:
         f"data       {task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
         f"{data.train.tokens_per_real_token:.2f} tokens computed per real token"
     )
-
-    forward = attach(model.model)
-    loss_fn = make_loss(task)
-    method = make_method(config)
-    key, head_key = jax.random.split(jax.random.key(config.seed))
-    with clock.timing("allocate"):
-        context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
-        start = method.start(context)
-    adapters, masks = with_head(dict(start.adapters), model.params, config.train_head), start.masks
-    params_count = {
-        "adapter": count(*_split(adapters, masks, head=False)),
-        "head": count(*_split(adapters, masks, head=True)),
-    }
-    if start.plan is not None:
-        print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
-    print(f"trained    {params_count['adapter']:,} adapter parameters, {params_count['head']:,} in the head")
-
-    make_folder(folder)
-    ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
-    budget = start.plan.budget if start.plan else None
-    if start.plan is not None:
-        report.plot_ranks(ranks, sites, folder / "ranks.png", title=f"{config.method} on {task.name}", budget=budget)
-
     whole = config.epochs * data.train.steps_per_epoch
     total_steps = min(config.max_steps or whole, whole)
     schedule = make_schedule(config, total_steps)
-    optimizer = make_optimizer(config, schedule)
-    state = init_state(head_key, adapters, masks, optimizer, method, sites)
+    forward, loss_fn, optimizer = attach(model.model), make_loss(task), make_optimizer(config, schedule)
+    method = make_method(config, total_steps, model.config)
+    key, head_key = jax.random.split(jax.random.key(config.seed))
+    context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
+
+    if kept is None:
+        with clock.timing("allocate"):
+            start = method.start(context)
+        adapters = with_head(dict(start.adapters), model.params, config.train_head)
+        state = init_state(head_key, adapters, start.masks, optimizer, method, sites)
+        ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
+        kept = {
+            "config": _plain(config), "ranks": ranks, "plan": _said(start.plan), "events": [],
+            "adapter_params": count(*_split(adapters, start.masks, head=False)),
+            "changes_params": start.params is not None,
+        }  # fmt: skip
+        params, initial = _changed(start, model)
+        if start.plan is not None:
+            print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
+        make_folder(folder)
+        if start.plan is not None:
+            _picture(kept, config, sites, folder)
+    else:
+        params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
+        state = checkpoints.restore(optimizer, method, sites)
+        rewind(folder / "metrics.jsonl", int(state.step))
+        print(f"resumed    after step {int(state.step)} of {total_steps}, from {checkpoints.folder}")
+    head_params = count(*_split(state.adapters, state.masks, head=True))
+    print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
+
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
     recorder = Recorder(
-        config, task, data.validation, data.labels, model.params, make_predict(forward, predict), schedule, clock
+        config,
+        task,
+        data.validation,
+        data.labels,
+        params,
+        make_predict(forward, predict),
+        method,
+        schedule,
+        clock,
+        kept,
     )
-    with clock.timing("train"):
-        state = fit(
-            step, model.params, state, _training_batches(data.train, total_steps),
-            total_steps=total_steps, log=recorder.log, pause_at=_evaluation_steps(config, data.train, total_steps),
-            pause=recorder.evaluate,
-        )  # fmt: skip
+    pruner = Pruner(method, optimizer, context, clock, total_steps, config.compact, kept["events"])
+    every = config.eval_steps or data.train.steps_per_epoch
+    evaluations = {*range(every, total_steps + 1, every), total_steps}
+    saves = {*range(config.save_steps, total_steps, config.save_steps)} if config.save_steps else evaluations
 
-    recorder.close()
+    def save(state: TrainState) -> None:
+        with clock.timing("save"):
+            score = recorder.last.get(task.metric)
+            checkpoints.save(state, {**kept, **recorder.kept(), "events": pruner.events}, score=score)
 
+    def pause(number: int, state: TrainState) -> tuple[TrainState, str]:
+        if method.triggers(number):
+            state = pruner.after(number, state)
+        note = recorder.evaluate(number, state) if number in evaluations else ""
+        if number in saves:
+            save(state)
+        return state, note
+
+    pruner.begin(int(state.step))
+    with checkpoints, Stop() as stop:
+        with clock.timing("train"):
+            state = fit(
+                step, params, state, _training_batches(data.train, int(state.step), total_steps),
+                total_steps=total_steps, log=recorder.log, pause_at={*evaluations, *saves, *pruner.steps()},
+                pause=pause, stop=stop,
+            )  # fmt: skip
+        pruner.finish(int(state.step))
+        recorder.close()
+        if stop() and int(state.step) < total_steps:
+            if int(state.step) not in checkpoints.steps():
+                save(state)
+                checkpoints.wait()
+            raise Stopped(stop.signal, f"after step {int(state.step)}; saved, and --resume goes on from there")
+        if total_steps not in checkpoints.steps():
+            save(state)
+
+    return _report(
+        config, task, model, initial, method, state, sites, kept, recorder, pruner, clock, folder, head_params
+    )
+
+
+def _report(
+    config, task, model, initial, method, state, sites, kept, recorder, pruner, clock, folder, head_params
+) -> dict[str, Any]:
+    """Write what a finished run leaves behind."""
+    ranked = kept["plan"] is not None
+    after = final_ranks(state.masks, sites) if ranked else kept["ranks"]
     summary = {
         "method": config.method, "model": config.model, "task": task.name, "seed": config.seed, "metric": task.metric,
         "score": recorder.last[task.metric], "best_score": recorder.best, "metrics": recorder.last,
-        "adapter_params": params_count["adapter"], "head_params": params_count["head"], "budget": budget, "ranks": ranks,
-        "layers_adapted": len({s.layer for s in sites if ranks[s.path]}) if start.plan else None,
-        "steps": int(state.step), "events": [],
+        "adapter_params": count(*_split(state.adapters, state.masks, head=False)), "head_params": head_params,
+        "budget": kept["plan"]["budget"] if ranked else None, "ranks": after,
+        "layers_adapted": len({s.layer for s in sites if after[s.path]}) if ranked else None,
+        "steps": int(state.step), "events": pruner.events,
     }  # fmt: skip
-    if start.plan and not math.isnan(start.plan.gap):
-        said = ("solver", "status", "objective", "gap", "seconds")
-        summary["allocation"] = {name: getattr(start.plan, name) for name in said}
-    saved = _save(folder, state, model, config)
+    if ranked and kept["plan"]["gap"] is not None:
+        summary["allocation"] = kept["plan"]
+    if pruner.events:
+        summary |= {"adapter_params_at_start": kept["adapter_params"], "ranks_at_start": kept["ranks"]}
+        title = f"{config.method} on {task.name}"
+        report.plot_pruning(
+            recorder.history(), pruner.events, folder / "pruning.png", title=title, metric=task.metric,
+            budget=pruner.events[-1].get("budget"),
+        )  # fmt: skip
+        report.plot_ranks_before_after(kept["ranks"], after, sites, folder / "ranks_after.png", title=title)
+    saved = _save(folder, state, method, model, initial, config)
     summary |= {"seconds": clock.total(), "versions": versions(), "config": _plain(config)}
     report.write_json(folder / "summary.json", summary)
+    report.write_page(folder)
     _conclude(summary, task, folder, saved)
     return summary
+
+
+def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """Return what the run in the output folder knew when it was last saved, or None where a run begins."""
+    if not config.resume:
+        return None
+    if not checkpoints.steps():
+        print(f"note       nothing to resume in {checkpoints.folder}; the run begins")
+        return None
+    kept = checkpoints.extra()
+    here, there = _plain(config), kept["config"]
+    differ = [name for name in here if name not in _FREE and here[name] != there.get(name)]
+    if differ:
+        changes = "; ".join(f"--{name.replace('_', '-')} was {there.get(name)!r}, is {here[name]!r}" for name in differ)
+        raise UsageError(
+            f"--resume: the run in {str(config.output_dir)!r} has other settings: {changes}; use its own, or another "
+            f"--output-dir"
+        )
+    return kept
 
 
 def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
@@ -149,7 +244,7 @@ def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
         evaluation_batches(validation, 4 * config.batch_size),
         {split: part.labels for split, part in validation.items()},
         [_weighted(b) for b in Batches(few, math.ceil(len(few) / config.score_batches), None).all()],
-        [single_example_batches(few, len(few))] if config.score == "squared" else [],
+        [single_example_batches(few, len(few))] if config.score == "squared" or config.importance == "samples" else [],
     )
 
 
@@ -179,44 +274,12 @@ def make_loss(task: Task) -> Any:
     return loss_fn
 
 
-def make_method(config: GlueConfig) -> methods.Method:
-    """Make the method that the settings name."""
-    assert config.rank
-    if config.method == "lora":
-        return methods.lora(rank=config.rank, alpha=config.alpha, dropout=config.lora_dropout)
-    if config.method == "oplora":
-        return methods.oplora(
-            budget=config.budget, score=config.score, ranks=range(config.rank + 1), solver=config.solver,
-            time_limit=config.time_limit, alpha=config.alpha, dropout=config.lora_dropout,
-        )  # fmt: skip
-    return methods.full() if config.method == "full" else methods.bitfit()
-
-
 def with_head(adapters: dict[str, Any], params: Any, train: bool) -> dict[str, Any]:
     """Add the task head to what is trained, or keep it out."""
     head = init_weights(params, HEAD)
     if train:
         return {**adapters, **head}
     return {path: adapter for path, adapter in adapters.items() if path not in head}
-
-
-def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
-    """Rise linearly from 0 over the warm-up, then fall to 0 linearly or along a cosine."""
-    assert config.warmup is not None and config.learning_rate is not None
-    warmup = int(config.warmup * total_steps if config.warmup < 1 else config.warmup)
-    rest = max(total_steps - warmup, 1)
-    up = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))
-    if config.schedule == "cosine":
-        down = optax.cosine_decay_schedule(config.learning_rate, rest)
-    else:
-        down = optax.linear_schedule(config.learning_rate, 0.0, rest)
-    return optax.join_schedules([up, down], [warmup]) if warmup else down
-
-
-def make_optimizer(config: GlueConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return AdamW behind clipping by the global norm."""
-    adamw = optax.adamw(schedule, weight_decay=config.weight_decay or 0.0)
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
 
 
 def use_compilation_cache() -> None:
@@ -248,40 +311,88 @@ def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**batch, "weights": batch["weights"] * (batch["weights"].size / batch["weights"].sum())}
 
 
-def _training_batches(batches: Batches, total_steps: int) -> Iterator[dict[str, np.ndarray]]:
-    for epoch in range(math.ceil(total_steps / batches.steps_per_epoch)):
-        for step, batch in enumerate(batches.epoch(epoch)):
-            if epoch * batches.steps_per_epoch + step >= total_steps:
+def _training_batches(batches: Batches, done: int, total_steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the batches of the steps after `done`."""
+    while done < total_steps:
+        epoch, first = divmod(done, batches.steps_per_epoch)
+        for batch in batches.epoch(epoch, first):
+            if done == total_steps:
                 return
             yield _weighted(batch)
+            done += 1
 
 
-def _evaluation_steps(config: GlueConfig, batches: Batches, total_steps: int) -> set[int]:
-    every = config.eval_steps or batches.steps_per_epoch
-    return {*range(every, total_steps + 1, every), total_steps}
+def _said(plan: Plan | None) -> dict[str, Any] | None:
+    """Return what a plan says of itself as JSON can hold it."""
+    if plan is None:
+        return None
+    names = ("budget", "solver", "status", "objective", "gap", "seconds", "time")
+    said = {name: getattr(plan, name) for name in names}
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in said.items()}
 
 
-def _save(folder: Path, state: TrainState, model: Pretrained, config: GlueConfig) -> list[str]:
-    save_checkpoint(folder / "checkpoints", state)
-    if config.method in ("full", "bitfit"):
-        return ["checkpoints/"]
+def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], folder: Path) -> None:
+    title = f"{config.method} on {config.task}"
+    report.plot_ranks(kept["ranks"], sites, folder / "ranks.png", title=title, budget=kept["plan"]["budget"])
+
+
+def _changed(start: methods.Start, model: Pretrained) -> tuple[Any, Any]:
+    """Return the frozen parameters of a run, and a copy of the adapters they were taken from, where the method did so."""
+    if start.params is None:
+        return model.params, None
+    return start.params, jax.tree.map(lambda leaf: np.array(leaf), start.adapters)
+
+
+def _save(
+    folder: Path, state: TrainState, method: methods.Method, model: Pretrained, initial: Any, config: GlueConfig
+) -> list[str]:
+    adapters, masks = method.seen(state.adapters, state.masks)
+    if config.method == "channelmask":
+        small = extract(model.config, model.params, adapters, masks)
+        save_classifier(
+            folder / "model", small.config, merge(small.params, small.adapters, masks), tokenizer=model.folder
+        )
+        return ["model/ (smaller, without the masked channels)"]
+    if config.method in _NO_LORA:
+        return []
     save_peft(
-        state.adapters, state.masks, folder / "adapter",
-        torch_paths=model.torch_paths, params=model.params, base_model=config.model,
+        adapters, masks, folder / "adapter",
+        torch_paths=model.torch_paths, params=model.params, base_model=config.model, initial=initial,
     )  # fmt: skip
-    return ["adapter/", "ranks.png", "checkpoints/"]
+    return ["adapter/"]
 
 
 def _plain(config: GlueConfig) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+    """Return the settings as JSON gives them back."""
+    return json.loads(json.dumps(vars(config), default=str))
 
 
 def _conclude(summary: dict[str, Any], task: Task, folder: Path, saved: list[str]) -> None:
     seconds = summary["seconds"]
     others = ", ".join(f"{k} {v:.2f}" for k, v in summary["metrics"].items() if k != task.metric)
     print(
-        f"\nscore      {task.metric} {summary['score']:.2f} (best {summary['best_score']:.2f}){'; ' + others if others else ''}\n"
-        f"time       {seconds['total']:.1f} s: training {seconds['train']:.1f}, compiling {seconds['compile']:.1f}, "
-        f"allocating {seconds['allocate']:.1f}, evaluating {seconds['eval']:.1f}\n"
-        f"files      {folder}/: summary.json, metrics.jsonl, {', '.join(saved)}"
+        f"\nscore      {task.metric} {summary['score']:.2f} (best {summary['best_score']:.2f}){'; ' + others if others else ''}"
     )
+    if events := summary["events"]:
+        compactions = sum(event["compacted"] for event in events)
+        print(
+            f"pruned     {summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
+            f"{len(events)} events, {compactions} of them compacted"
+        )
+    spent = ", ".join(
+        f"{_SPENT[name]} {value:.1f}" for name, value in seconds.items() if name in _SPENT and value >= 0.05
+    )
+    print(
+        f"time       {seconds['total']:.1f} s: {spent}\n"
+        f"files      {folder}/: report.html, summary.json, metrics.jsonl, checkpoints/, {', '.join([*saved, 'pictures'])}"
+    )
+    if saved:
+        print(
+            f"next       open {folder}/report.html, or load {folder}/adapter with PeftModel.from_pretrained or jp.load_peft"
+        )
+
+
+_SPENT = {
+    "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning", "eval": "evaluating",
+    "save": "saving",
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hyperparameters of the papers, as data: DPLoRA/OPLoRA, tables 9 to 14 (RoBERTa-base on GLUE).
+"""Hyperparameters of the papers, as data: DPLoRA/OPLoRA, tables 9 to 14 (RoBERTa-base on GLUE), and its released code.
 
 Budgets are printed there with each parameter counted twice; here they are adapter parameters, half the printed number.
 `warmup` is a ratio of all steps where it is below 1 and a number of steps otherwise. Batch size is 32 throughout.
@@ -33,6 +33,18 @@ _OPLORA: dict[str, Any] = dict(
     warmup=(0.028, 3000, 0.036, 0.022, 0.082, 0.022, 0.060, 0.044),
 )
 
+# What the released scripts set, in the order of TASKS.
+_RELEASED: dict[str, Any] = dict(
+    budget=1_263_000,
+    learning_rate=(3.7e-4, 2.4e-4, 4.6e-4, 4.8e-4, 4.4e-4, 2.1e-4, 2.8e-4, 3.5e-5),
+    epochs=(67, 27, 57, 49, 10, 63, 38, 67),
+    weight_decay=(0.196, 0.435, 0.307, 0.283, 0.173, 0.198, 0.482, 0.093),
+    max_grad_norm=(1.177, 1.573, 1.498, 0.450, 0.652, 0.870, 0.932, 0.670),
+    max_length=(320, 128, 128, 128, 128, 256, 256, 128),
+    warmup=(0.071, 0.054, 0.038, 0.022, 0.073, 0.111, 0.029, 0.092),
+    score="squared",
+)
+
 _SHORT_TASKS = ("sst2", "qqp", "mnli", "qnli", "rte", "mrpc", "cola", "stsb")
 _SHORT: dict[str, Any] = dict(
     learning_rate=(2e-4, 2e-4, 2e-4, 2e-4, 1e-4, 1e-4, 1e-4, 1e-4),
@@ -48,6 +60,7 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "dplora": _table(
             **_OPLORA,
             events=10,
+            prune_ratio=0.6,
             ema_decay=(0.054, 0.06, 0.814, 0.976, 0.879, 0.596, 0.054, 0.501),
             momentum=(0.329, 0.09, 0.609, 0.915, 0.473, 0.057, 0.329, 0.660),
             recovery_steps=(100, 500, 100, 100, 100, 100, 100, 100),
@@ -64,6 +77,69 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             max_length=128,
             warmup=(500, 2800, 3000, 1000, 100, 100, 100, 100),
         ),
+        # AdaLoRA's scripts; PEFT and they score after the update.
+        "adalora": _table(
+            ("rte", "mrpc", "cola", "mnli"),
+            learning_rate=(1.2e-3, 1e-3, 8e-4, 5e-4),
+            epochs=(50, 30, 25, 7),
+            set=(
+                (
+                    "init_rank=2",
+                    "target_rank=1",
+                    "tinit=600",
+                    "tfinal=1800",
+                    "interval=1",
+                    "orthogonal=0.3",
+                    "weights=after",
+                ),
+                (
+                    "init_rank=2",
+                    "target_rank=1",
+                    "tinit=600",
+                    "tfinal=1800",
+                    "interval=1",
+                    "orthogonal=0.1",
+                    "weights=after",
+                ),
+                (
+                    "init_rank=3",
+                    "target_rank=1",
+                    "tinit=800",
+                    "tfinal=3500",
+                    "interval=10",
+                    "orthogonal=0.1",
+                    "weights=after",
+                ),
+                (
+                    "init_rank=3",
+                    "target_rank=1",
+                    "tinit=8000",
+                    "tfinal=50000",
+                    "interval=100",
+                    "orthogonal=0.1",
+                    "weights=after",
+                ),
+            ),
+        ),
+        # G2R2, table 10 (DeBERTaV3-base; batches of 8 for mnli and sst2, of 16 elsewhere: --batch-size).
+        "g2r2": _table(
+            ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"),
+            learning_rate=(1e-4, 1.5e-4, 2e-4, 3e-4, 2e-4, 1.2e-4, 4e-4, 2e-4),
+            epochs=(10, 30, 30, 40, 10, 10, 40, 40),
+            weight_decay=0.01,
+            max_length=512,
+            set=(("warmup=0.1", "progressive=0.1", "final=0.2"),) * 8,
+        ),
+        # SoRA's scripts without its schedule of thresholds.
+        "sora": _table(
+            learning_rate=8e-4,
+            epochs=20,
+            weight_decay=0.1,
+            max_grad_norm=0.1,
+            warmup=0.06,
+            set=(("penalty=10", "threshold=3e-4", "prox=released", "alpha=16"),) * len(TASKS),
+        ),
+        "dylora": _table(("cola",), learning_rate=4e-4, epochs=80, weight_decay=0.1, set=(("alpha=16",),)),
     },
     # The quick settings behind the efficiency and ablation tables.
     "efficiency": {
@@ -79,6 +155,21 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "oplora": _table(_SHORT_TASKS, **_SHORT, budget=_SHORT_BUDGET),
         # Table 14
         "lora": _table(_SHORT_TASKS, **_SHORT),
+    },
+    # The released code, which trains no head: add --no-train-head to compare with its numbers.
+    "released": {
+        "oplora": _table(**_RELEASED),
+        "dplora": _table(
+            **_RELEASED,
+            prune_ratio=0.6,
+            events=10,
+            ema_decay=(0.041, 0.202, 0.530, 0.976, 0.396, 0.744, 0.030, 0.979),
+            momentum=(0.089, 0.054, 0.028, 0.915, 0.094, 0.083, 0.392, 0.066),
+            stability=(0.026, 0.056, 0.025, 0.050, 0.012, 0.015, 0.052, 0.033),
+            recovery_steps=(100, 500, 100, 100, 100, 100, 100, 100),
+            importance="samples",
+            scaling="grow",
+        ),
     },
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -22,32 +23,44 @@ from experiments.packing import Batches
 from experiments.tasks import Task
 from jaxprune import report
 from jaxprune.errors import UsageError
+from jaxprune.methods import Method
 from jaxprune.train import NonFiniteError, TrainState
 
-_OURS = ("summary.json", "metrics.jsonl", "ranks.png", "adapter", "checkpoints", "tensorboard")
+_OURS = (
+    "summary.json", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html", "adapter", "model",
+    "checkpoints", "tensorboard",
+)  # fmt: skip
 
 
 class Clock:
     """Add up the seconds spent under each name; compilation is what JAX itself reports."""
 
     def __init__(self) -> None:
-        self.seconds = {name: 0.0 for name in ("train", "compile", "allocate", "eval")}
+        self.seconds = {name: 0.0 for name in ("train", "compile", "allocate", "eval", "prune", "save")}
+        self.cached = 0.0  # what compilations found in the cache would have taken
         self._start = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             self.seconds["compile"] += duration_secs
+        elif event == "/jax/compilation_cache/compile_time_saved_sec":
+            self.cached += max(duration_secs, 0.0)
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Count the time of a block under `name`, less the compilation and evaluation inside it."""
-        start, inside = time.perf_counter(), self._elsewhere(name)
+        """Count the time of a block under `name`, less what is counted under other names inside it."""
+        start, inside = time.perf_counter(), self.elsewhere(name)
         yield
-        self.seconds[name] += time.perf_counter() - start - (self._elsewhere(name) - inside)
+        self.seconds[name] += time.perf_counter() - start - (self.elsewhere(name) - inside)
 
-    def _elsewhere(self, name: str) -> float:
-        return sum(self.seconds[other] for other in ("compile", "eval") if other != name)
+    def elsewhere(self, name: str) -> float:
+        """Return the seconds counted under all other names."""
+        return sum(seconds for other, seconds in self.seconds.items() if other != name)
+
+    def training(self) -> float:
+        """Return the seconds since the start that are not counted under another name than training."""
+        return time.perf_counter() - self._start - self.elsewhere("train")
 
     def total(self) -> dict[str, float]:
         """Return all seconds so far, the total first."""
@@ -65,17 +78,19 @@ class Recorder:
         labels: dict[str, np.ndarray],
         params,
         predict,
+        method: Method,
         schedule,
         clock: Clock,
+        kept: dict[str, Any] | None = None,
     ) -> None:
         assert config.output_dir
         self._path, self._every = config.output_dir / "metrics.jsonl", config.log_steps
         self._task, self._validation, self._labels = task, validation, labels
-        self._params, self._predict = params, predict
+        self._params, self._predict, self._method = params, predict, method
         self._schedule, self._clock = schedule, clock
         self._board = _tensorboard(config.output_dir / "tensorboard") if config.tensorboard else None
-        self.last: dict[str, float] = {}
-        self.best = -math.inf
+        self.last: dict[str, float] = (kept or {}).get("last", {})
+        self.best: float = (kept or {}).get("best", -math.inf)
 
     def log(self, number: int, metrics: dict[str, float]) -> None:
         """Write a training line every `log_steps` steps."""
@@ -86,8 +101,9 @@ class Recorder:
     def evaluate(self, number: int, state: TrainState) -> str:
         """Evaluate every validation split, write a line each, and return the score for the progress bar."""
         with self._clock.timing("eval"):
+            adapters, masks = self._method.seen(state.adapters, state.masks)
             for split, batches in self._validation.items():
-                outputs = [self._predict(self._params, state.adapters, state.masks, batch) for batch in batches.all()]
+                outputs = [self._predict(self._params, adapters, masks, batch) for batch in batches.all()]
                 logits = batches.restore(jax.device_get(outputs))
                 if not np.isfinite(logits).all():
                     raise NonFiniteError(
@@ -102,6 +118,15 @@ class Recorder:
         score = self.last[self._task.metric]
         self.best = max(self.best, score)
         return f"{self._task.metric} {score:.1f}"
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the lines of the evaluations on the first validation split so far, those before a resume too."""
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [line for line in lines if line.get("split") == self._task.validation[0]]
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a resumed run must know."""
+        return {"last": self.last, "best": self.best}
 
     def close(self) -> None:
         """Finish the TensorBoard file, whose writer keeps the last events back."""
@@ -122,14 +147,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be written or holds a finished run."""
+def check_folder(folder: Path, may_be_finished: bool) -> None:
+    """Refuse an output folder that cannot be written, or holds a finished run that must not be touched."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
             f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another"
         )
-    if (folder / "summary.json").exists() and not overwrite:
+    if (folder / "summary.json").exists() and not may_be_finished:
         raise UsageError(f"--output-dir {str(folder)!r} holds a finished run; pass --overwrite or choose another")
 
 
@@ -142,6 +167,22 @@ def make_folder(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
+
+
+def rewind(path: Path, step: int) -> None:
+    """Take the lines of steps after `step` out of metrics.jsonl: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # cut off when the process died
+            continue
+    new = path.with_suffix(".new")
+    new.write_text("".join(kept))
+    new.replace(path)
 
 
 def _tensorboard(folder: Path) -> Any:

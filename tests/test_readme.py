@@ -9,17 +9,19 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_blocks(number, capsys):
-    exec(compile(BLOCKS[number], f"README block {number}", "exec"), {"__name__": "readme"})
-    assert "Optimal" in capsys.readouterr().out
+def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "readme"}
+    said = []
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"README block {number}", "exec"), names)
+        said.append(capsys.readouterr().out)
+    assert "Optimal" in said[0] and "adapter parameters left" in said[1] and len(said) == 3
+    # Its own method kept 4 of 8 components everywhere.
+    assert set(adapter.rank for adapter in names["state"].adapters.values()) == {4}
 
 
-def test_there_is_an_example():
-    assert BLOCKS
-
-
-@pytest.mark.parametrize("command", ["experiments.glue", "experiments.bench"])
+@pytest.mark.parametrize("command", ["experiments.glue", "experiments.bench", "experiments.compare"])
 def test_help_of_each_command_is_there(command, capsys):
     import runpy
     import sys

@@ -6,21 +6,34 @@ import json
 import subprocess
 import sys
 import warnings
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
+from experiments.build import make_schedule
 from experiments.cli import parse
 from experiments.config import GlueConfig
 from experiments.data import load_task
-from experiments.finetune import make_schedule, predict, run
+from experiments.finetune import predict, run
 from experiments.packing import Batches
 from experiments.tokens import encode
 from jaxprune import attach, find_sites, load_peft
 from jaxprune.models import load_classifier
 
-METHODS = ("oplora", "lora", "full", "bitfit")
+METHODS = get_args(get_type_hints(GlueConfig)["method"])
+PLANNED, UNRANKED = ("oplora", "dplora"), ("full", "bitfit", "vera")
+NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer", "channelmask")
+# What a run this short needs in order to prune at all.
+OWN = {
+    "dplora": dict(events=2),
+    "g2r2": dict(set=("interval=1", "warmup=2", "progressive=4")),
+    "prunedlora": dict(set=("interval=2", "remove=1")),
+    "adalora": dict(set=("tfinal=4",)),
+    "channelmask": dict(set=("start_logit=0.1",)),
+}
+PRUNING = ("dplora", "g2r2", "prunedlora", "adalora")
 
 
 def glue(tiny_bert, tiny_rte, folder, **settings):
@@ -34,14 +47,15 @@ def glue(tiny_bert, tiny_rte, folder, **settings):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, capsys):
     folder = tmp_path / "run"
-    summary = glue(tiny_bert, tiny_rte, folder, method=method, budget=1500 if method == "oplora" else None, rank=4)
+    budget = dict(budget=1500) if method in PLANNED else {}
+    summary = glue(tiny_bert, tiny_rte, folder, method=method, **budget, rank=4, **OWN.get(method, {}))
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     wanted = (
         "method model task seed metric score best_score adapter_params head_params budget ranks layers_adapted steps "
         "events seconds versions"
     )
     assert set(wanted.split()) <= set(summary)
-    assert set(summary["seconds"]) == {"total", "compile", "allocate", "eval", "train"}
+    assert set(summary["seconds"]) == {"total", "compile", "allocate", "eval", "train", "prune", "save"}
     assert sum(summary["seconds"].values()) <= 2 * summary["seconds"]["total"]
     assert summary["steps"] == 12 and len(summary["ranks"]) == 12
 
@@ -52,12 +66,16 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     assert summary["score"] == evaluations[-1]["accuracy"] and summary["best_score"] >= summary["score"]
     assert (folder / "checkpoints" / "12").is_dir()
 
-    plans = method in ("oplora", "lora")
-    assert (folder / "ranks.png").exists() == (folder / "adapter").exists() == plans
+    assert (folder / "ranks.png").exists() == (method not in UNRANKED)
+    assert (folder / "adapter").exists() == (method not in NO_LORA)
+    assert (folder / "report.html").exists() and (folder / "model").exists() == (method == "channelmask")
     shown = capsys.readouterr().out
-    assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method == "oplora")
-    if method == "oplora":
+    assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method in PLANNED)
+    if method in PLANNED:
         assert summary["adapter_params"] <= 1500 and summary["allocation"]["gap"] == 0.0
+    if method in PRUNING:
+        assert summary["events"] and (folder / "pruning.png").exists() and (folder / "ranks_after.png").exists()
+        assert summary["adapter_params"] < summary["adapter_params_at_start"]
 
 
 def test_the_exported_adapter_is_the_trained_one(tiny_bert, tiny_rte, tmp_path):

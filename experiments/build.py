@@ -1,0 +1,118 @@
+"""From settings to a method and an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from experiments.config import USES, GlueConfig
+from jaxprune import methods, schedules
+from jaxprune.adapters.base import leaves_of
+from jaxprune.errors import UsageError, nearest
+from jaxprune.methods import Method
+from jaxprune.models import EncoderConfig
+
+
+def make_method(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> Method:
+    """Make the method that the settings name, with every setting that its factory takes.
+
+    Raises:
+      UsageError: `--set` names a setting the method does not have, or gives it a value of another kind.
+    """
+    factory = getattr(methods, config.method)
+    accepts = inspect.signature(factory).parameters
+    assert config.rank and config.budget_schedule
+    offered: dict[str, Any] = {
+        "rank": config.rank, "ranks": range(config.rank + 1), "target_rank": config.rank,
+        "init_rank": -(-3 * config.rank // 2), "alpha": config.alpha, "dropout": config.lora_dropout,
+        "total_steps": total_steps, "delay": warmup_steps(config, total_steps), "solver": config.solver,
+        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(1, total_steps // 10),
+        "target": config.prune_ratio, "schedule": schedules.budget_schedule(config.budget_schedule),
+        "rescale": config.scaling == "grow",
+    }  # fmt: skip
+    # These flags have the names of settings, which in another method may mean something else.
+    offered |= {name: getattr(config, name) for name in USES if name in accepts and name not in offered}
+    flags = {"target": "prune_ratio", "schedule": "budget_schedule", "rescale": "scaling", "ranks": "rank"}
+    given = {
+        name: value
+        for name, value in offered.items()
+        if name in accepts and config.method in USES.get(flags.get(name, name), (config.method,))
+    }
+    if config.method == "prunedlora":
+        given["target"] = max(1, config.rank // 2)
+    return factory(**{**given, **_extra(config, accepts)})
+
+
+def _extra(config: GlueConfig, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Read `--set name=value ...`; values are JSON where they can be, else text."""
+    extra = {}
+    for item in config.set:
+        name, equals, text = item.partition("=")
+        if not equals or name not in accepts:
+            raise UsageError(
+                f"--set {item!r} is not understood; expected NAME=VALUE with a setting of {config.method}: "
+                f"{', '.join(accepts) or 'it has none'}; nearest: {nearest(name, accepts, 1)}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        default = accepts[name].default
+        numbers = isinstance(default, int | float) and not isinstance(default, bool)
+        if (numbers and (isinstance(value, bool) or not isinstance(value, int | float))) or (
+            isinstance(default, bool | str) and type(value) is not type(default)
+        ):
+            raise UsageError(f"--set {item!r}: {name} is {value!r}; expected a value like its default {default!r}")
+        extra[name] = value
+    return extra
+
+
+def warmup_steps(config: GlueConfig, total_steps: int) -> int:
+    """Return the steps over which the learning rate rises."""
+    assert config.warmup is not None
+    return int(config.warmup * total_steps if config.warmup < 1 else config.warmup)
+
+
+def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
+    """Rise linearly from 0 over the warm-up, then fall to 0 linearly or along a cosine."""
+    assert config.learning_rate is not None
+    warmup = warmup_steps(config, total_steps)
+    rest = max(total_steps - warmup, 1)
+    up = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))
+    if config.schedule == "cosine":
+        down = optax.cosine_decay_schedule(config.learning_rate, rest)
+    else:
+        down = optax.linear_schedule(config.learning_rate, 0.0, rest)
+    return optax.join_schedules([up, down], [warmup]) if warmup else down
+
+
+def make_optimizer(config: GlueConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return AdamW behind clipping by the global norm.
+
+    Leaves that a kind of adapter names in `undecayed` have no weight decay, those in `rate` a learning rate of their own.
+    """
+    parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    parts.append(optax.adamw(schedule, weight_decay=config.weight_decay or 0.0, mask=_decayed))
+    return optax.chain(*parts, optax.stateless(lambda updates, params: _at_own_rates(updates)))
+
+
+def _decayed(tree: Any) -> Any:
+    return _by_leaf(tree, lambda adapter, name, leaf: name not in getattr(adapter, "undecayed", ()))
+
+
+def _at_own_rates(updates: Any) -> Any:
+    if not any(getattr(adapter, "rate", {}) for adapter in updates.values()):
+        return updates
+    return _by_leaf(updates, lambda adapter, name, leaf: leaf * getattr(adapter, "rate", {}).get(name, 1.0))
+
+
+def _by_leaf(tree: Any, f: Any) -> Any:
+    return {
+        path: dataclasses.replace(adapter, **{name: f(adapter, name, x) for name, x in leaves_of(adapter).items()})
+        for path, adapter in tree.items()
+    }

@@ -1,0 +1,130 @@
+"""Run several methods on several tasks and seeds, and set them side by side: `python -m experiments.compare`.
+
+Every run is a process of its own with the settings of `experiments.glue`; runs that are finished are read, not run again, and
+broken-off ones go on, so the command can be repeated until all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.cli import main
+from jaxprune.errors import UsageError
+from jaxprune.report.files import write_figure, write_whole
+
+METHODS = (
+    "full", "bitfit", "houlsby", "pfeiffer", "lora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora",
+    "dylora", "loradrop", "oplora", "dplora", "g2r2", "prunedlora", "channelmask",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods on the same tasks and seeds."""
+
+    methods: tuple[str, ...] = METHODS
+    """which methods; NAME:FLAGS gives one settings of its own, such as "dplora:--prune-ratio 0.8" """
+    tasks: tuple[str, ...] = ("mrpc", "rte")
+    """which tasks"""
+    seeds: tuple[int, ...] = (42,)
+    """which seeds"""
+    flags: str = ""
+    """flags of experiments.glue for every run, in one string, such as "--epochs 5 --data-dir glue" """
+    output_dir: Path = Path("runs/compare")
+    """where runs, table and picture go"""
+
+
+def run(config: CompareConfig) -> list[dict[str, Any]]:
+    """Run what is missing, then write table.md and compare.png; return a row for each method and task."""
+    summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task in config.tasks:
+        for seed in config.seeds:
+            for method in config.methods:
+                summaries.setdefault((task, method), []).append(_summary(config, task, method, seed))
+    rows = [_row(task, method, runs) for (task, method), runs in summaries.items()]
+    text = table(rows)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(config.output_dir / "table.md", text.encode())
+    plot(rows, config.output_dir / "compare.png")
+    print(f"{text}\nfiles      {config.output_dir}/: table.md, compare.png, and a folder for every run")
+    return rows
+
+
+def _summary(config: CompareConfig, task: str, method: str, seed: int) -> dict[str, Any]:
+    name, _, own = method.partition(":")
+    folder = config.output_dir / "-".join([task, name, *own.replace("--", "").split(), str(seed)]).replace("/", "_")
+    if not (folder / "summary.json").exists():
+        flags = f"--method {name} --task {task} --seed {seed} --resume {config.flags} {own}".split()
+        command = [sys.executable, "-m", "experiments.glue", *flags, "--output-dir", str(folder)]
+        print(f"running    {' '.join(command[2:])}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "a") as log:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if status:
+            last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+            raise UsageError(f"{task} with {method} and seed {seed} ended with status {status}: {' '.join(last)}")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = [run["score"] for run in runs]
+    return {
+        "task": task, "method": method, "metric": runs[0]["metric"], "runs": len(runs), "score": float(np.mean(scores)),
+        "spread": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "best": float(np.mean([run["best_score"] for run in runs])),
+        "params": float(np.mean([run["adapter_params"] for run in runs])),
+        "step": float(np.mean([run["seconds"]["train"] / run["steps"] for run in runs])),
+        "compile": float(np.mean([run["seconds"]["compile"] for run in runs])),
+        "total": float(np.mean([run["seconds"]["total"] for run in runs])),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the rows out in Markdown: score of the last epoch (mean, and standard deviation over seeds), parameters, seconds."""
+    head = ("task", "method", "score", "best epoch", "adapter parameters", "s a step", "compiling, s", "in all, s")
+    lines = [head, tuple("---" for _ in head)]
+    for row in rows:
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        lines.append((
+            f"{row['task']}, {row['metric']}", row["method"].replace(":--", ", ").replace(" --", ", "),
+            f"{row['score']:.1f}{spread}", f"{row['best']:.1f}", f"{row['params']:,.0f}", f"{row['step']:.3f}",
+            f"{row['compile']:.0f}", f"{row['total']:.0f}",
+        ))  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw score against adapter parameters, one panel a task, with error bars where there are several seeds."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(6.2 * len(tasks), 4.6), dpi=150, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        here = sorted((row for row in rows if row["task"] == task), key=lambda row: row["params"])
+        for number, row in enumerate(here):
+            marker = "osD^v<>Pp*hX"[number % 12]
+            axes.errorbar(
+                row["params"], row["score"], yerr=row["spread"], marker=marker, linestyle="none", capsize=2,
+                color=f"C{number % 10}", label=row["method"],
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("adapter parameters")
+        axes.set_ylabel(here[0]["metric"])
+        axes.set_title(task)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    write_figure(path, figure)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    main(run, CompareConfig, "experiments.compare")
