@@ -89,7 +89,8 @@ def prune(
     """Run the method's pruning event, where there is one after the steps done so far.
 
     A pure function of the state, on the host. Components that die are masked and every value and moment of them becomes
-    zero; shapes stay, so nothing is compiled again until `compacted` is called.
+    zero; shapes stay, so nothing is compiled again until `compacted` is called. It reads `state.step`, and so waits for the
+    device: a loop that must not wait asks `method.triggers(number)` first.
 
     Args:
       state: not changed.

@@ -30,7 +30,13 @@ def run(name, form="plain"):
     params = params if start.params is None else start.params
     optimizer = optax.adamw(1e-2)
     state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+    traces = []
+
+    def counted(apply, batch, key):
+        traces.append(1)
+        return loss_fn(apply, batch, key)
+
+    step = jp.make_step(forward, counted, optimizer, method, donate=False)
 
     def go(state, until):
         decisions = []
@@ -42,6 +48,7 @@ def run(name, form="plain"):
 
     middle, first = go(state, SAVED)
     end, second = go(middle, STEPS)
+    assert len(traces) == (2 if method.probes else 1), "an event had the step compiled again"
     return params, batch, forward, method, optimizer, sites, step, go, middle, end, first + second
 
 

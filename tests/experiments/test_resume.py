@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 def flags(model, data, **more) -> str:
     given = dict(model=model, data_dir=data, task="rte", method="dplora", batch_size=8, epochs=3, max_length=24, rank=2,
-                 events=3, prune_ratio=0.5, log_steps=1, solver="DP", **more)  # fmt: skip
+                 events=3, prune_ratio=0.5, log_steps=1, solver="DP")  # fmt: skip
+    given |= more
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
 
 
