@@ -37,6 +37,8 @@ class TimeConfig:
     """DPLoRA: pruning events"""
     total_steps: int = 5000
     """DPLoRA: steps of the long run that the phases are extrapolated to"""
+    only_fit: bool = False
+    """time only what the time model is fitted to"""
 
 
 def main(arguments: list[str]) -> None:
@@ -63,8 +65,11 @@ def main(arguments: list[str]) -> None:
         return {site.path: rank if site.layer >= layer else 0 for site in world.sites}
 
     show("rank 2 everywhere", above(0, 2))
-    for share in (4, 2):
-        show(f"rank 16 in the top {layers // share} of {layers} layers", above(layers - layers // share, 16))
+    for top in sorted({layers // 6, layers // 4, layers // 2, 3 * layers // 4}):
+        show(f"rank 16 in the top {top} of {layers} layers", above(layers - top, 16))
+    if config.only_fit:
+        print(watch.fitted())
+        return
     scores = jp.site_scores("absolute", world.forward, world.loss_fn, world.params, world.sites, [world.batch])
     for budget in (None, *config.time_budgets):
         which = "parameter budget" if budget is None else f"time budget {budget:g}"

@@ -15,8 +15,12 @@ from jaxprune.adapters import init_weights as init_weights
 from jaxprune.adapters import merge as merge
 from jaxprune.adapters import to_dora as to_dora
 from jaxprune.allocate import Plan as Plan
+from jaxprune.allocate import TimeModel as TimeModel
 from jaxprune.allocate import allocate as allocate
 from jaxprune.allocate import default_budget as default_budget
+from jaxprune.allocate import prune_problem as prune_problem
+from jaxprune.allocate import solve as solve
+from jaxprune.allocate import step_time as step_time
 from jaxprune.allocate import uniform_plan as uniform_plan
 from jaxprune.attach import attach as attach
 from jaxprune.attach import attach_function as attach_function

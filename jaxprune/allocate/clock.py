@@ -22,10 +22,14 @@ YARDSTICK = 16  # step times are told relative to this rank at every site
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Step time per token and parameter, in whole numbers of any unit; the default counts FLOPs.
+    """Step time per token and parameter, in whole numbers of any unit, for only their ratios matter.
 
-    A calibration may set all three, for only their ratios matter. A price per adapter that does not depend on its rank
-    has no place here: it would make the time limit more than a smaller budget (see `Problem.stages`).
+    `FLOPS` counts multiplications and additions. `MEASURED`, the default, was fitted to training steps of BERT encoders at
+    RoBERTa-base and MiniLM size on CPUs (`python -m experiments.bench time --only-fit`): an adapter's thin products take
+    longer than their FLOPs say, and a forward pass less than half a step.
+
+    A price per adapter that does not depend on its rank has no place here: it would make the time limit more than a smaller
+    budget (see `Problem.stages`).
 
     Attributes:
       forward: time per kernel parameter of the forward pass.
@@ -33,9 +37,9 @@ class TimeModel:
       own: time per adapter parameter, forward and backward together.
     """
 
-    forward: int = 2
-    backward: int = 2
-    own: int = 6
+    forward: int
+    backward: int
+    own: int
 
     def __post_init__(self):
         for name in ("forward", "backward", "own"):
@@ -44,6 +48,10 @@ class TimeModel:
             if count is None or count < least:
                 raise UsageError(f"{name} time {value!r} cannot be used: expected a whole number, {least} or more")
             object.__setattr__(self, name, count)
+
+
+FLOPS = TimeModel(2, 2, 6)
+MEASURED = TimeModel(4, 9, 40)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +112,12 @@ def make_clock(sites: Sequence[Site], time_budget: float = 1.0, model: TimeModel
     Args:
       sites: the sites.
       time_budget: longest step time relative to uniform rank 16, above 0 and at most 1.
-      model: the times per parameter; FLOPs when None.
+      model: the times per parameter; `MEASURED` when None.
 
     Raises:
       UsageError: the time budget is not a number above 0 and at most 1.
     """
-    sites, model = check_sites(sites), model or TimeModel()
+    sites, model = check_sites(sites), model or MEASURED
     try:
         fraction = Fraction(repr(float(time_budget)))  # by its digits: 0.3 means 3/10
     except (TypeError, ValueError, OverflowError):
@@ -138,7 +146,7 @@ def step_time(
     Args:
       ranks: rank of each site: a mapping from path, or a sequence in the order of `sites`.
       sites: the sites, also those whose adapters are gone: their kernels are still run.
-      model: the times per parameter; FLOPs when None.
+      model: the times per parameter; `MEASURED` when None.
 
     Raises:
       UsageError: a rank is missing, negative or not whole.

@@ -45,7 +45,7 @@ def prune_problem(
       momentum: weight of the number of ranks that a site loses.
       stability: reward for leaving a site as it is.
       time_budget: longest predicted step time relative to uniform rank 16, as in `allocate`; None for no limit.
-      time_model: times per parameter; FLOPs when None.
+      time_model: times per parameter; measured ones when None.
 
     Raises:
       UsageError: no site is above rank 0; a rank, weight or budget cannot be used; the importances of the sites above

@@ -58,7 +58,7 @@ def allocate(
       ranks: the ranks a site may take, 0 among them.
       time_budget: tau, the longest predicted step time relative to uniform rank 16, above 0 and at most 1; None for no
         limit. The forward pass alone takes nearly half.
-      time_model: times per parameter, whole numbers; FLOPs when None.
+      time_model: times per parameter, whole numbers; measured ones when None.
       solver: `"CBC"`, `"GLPK_MI"` or `"HIGHS"`, mixed-integer solvers through CVXPY; `"DP"`, the dynamic
         programme; or `"auto"`, the first installed of the mixed-integer solvers, fastest first.
       time_limit: seconds; a plan not proved best by then is returned with its gap, and its status says so.

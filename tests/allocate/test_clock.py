@@ -10,9 +10,29 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from experiments.bench_allocate import instance, llama_3_8b, roberta_base
-from jaxprune.allocate import TimeModel, allocate, knapsack, make_clock, rank_problem, relax, solve, step_time
+from jaxprune.allocate import (
+    FLOPS,
+    TimeModel,
+    allocate,
+    clock,
+    knapsack,
+    make_clock,
+    rank_problem,
+    relax,
+    solve,
+    step_time,
+)
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _count_flops():
+    """These tests work times out by hand, in FLOPs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "MEASURED", FLOPS)
+        yield
+
 
 EXACT = ("CBC", "GLPK_MI", "HIGHS", "DP")
 RANKS = (0, 1, 4)
@@ -218,9 +238,9 @@ def test_wrong_ranks_and_times_are_one_clear_line():
     with pytest.raises(UsageError, match="rank 1.5 at layer_0/q"):
         step_time(np.array([1.5, 1]), SITES)
     with pytest.raises(UsageError, match="own time 0"):
-        TimeModel(own=0)
+        TimeModel(2, 2, 0)
     with pytest.raises(UsageError, match="backward time 0.5"):
-        TimeModel(backward=0.5)  # pyright: ignore[reportArgumentType]
+        TimeModel(2, 0.5, 6)  # pyright: ignore[reportArgumentType]
 
 
 def test_an_answer_that_takes_too_long_is_a_fault():
@@ -246,3 +266,11 @@ def test_a_better_plan_in_another_stage_than_the_relaxation_chose_is_found():
             for solver in ("CBC", "HIGHS"):
                 assert solve(problem, solver=solver).objective == pytest.approx(problem.scale * problem.worth(best))
     assert elsewhere >= 5
+
+
+def test_the_measured_model_is_near_what_was_measured():
+    """Step times of RoBERTa-base size with rank 16 in the top layers alone, relative to all twelve."""
+    sites = roberta_base()
+    for top, measured in ((2, 0.42), (3, 0.47), (6, 0.67), (9, 0.81)):
+        ranks = [16 if site.layer >= 12 - top else 0 for site in sites]
+        assert step_time(ranks, sites, TimeModel(4, 9, 40)) == pytest.approx(measured, abs=0.03)
