@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from tests.tower import FORMS, tower
+from tests.tower import tower
 
 METHODS = {
     "adalora": functools.partial(
@@ -42,6 +42,8 @@ METHODS = {
 BOTTLENECKS = {"houlsby", "pfeiffer"}
 
 every = pytest.mark.parametrize("name", METHODS)
+# The tests of `attach` go through all four forms; here the plain one and both transformations together.
+FORMS = ("plain", "scan_of_remat")
 
 
 def loss_fn(apply, batch, key):

@@ -13,7 +13,8 @@ from jaxprune.adapters.base import drop
 from jaxprune.prune import Decision
 from jaxprune.sites import flatten
 from tests.test_attach import random_adapters, reference_logits
-from tests.tower import FORMS, tower
+from tests.test_methods import FORMS
+from tests.tower import tower
 
 
 def random_doras(params, dead=0, **kw):

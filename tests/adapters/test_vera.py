@@ -12,7 +12,8 @@ import jaxprune as jp
 from jaxprune.adapters.vera import SHARED
 from jaxprune.sites import flatten
 from tests.test_attach import random_adapters, reference_logits
-from tests.tower import FORMS, tower
+from tests.test_methods import FORMS
+from tests.tower import tower
 
 
 def random_vera(params, rank=5):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from jaxprune.prune import Decision, apply, compact, live, trim
-from tests.tower import FORMS, tower
+from tests.test_methods import FORMS
+from tests.tower import tower
 
 CHAINS = {
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
