@@ -26,3 +26,12 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("JAXPRUNE_DATA does not name the folder with real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compilations():
+    """Let go of what a module compiled, or a worker's memory grows by gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
