@@ -33,7 +33,7 @@ METHODS = {
     "pissa_niter": functools.partial(jp.pissa, rank=3, niter=16),
     "rslora": functools.partial(jp.rslora, rank=3),
     "prunedlora": functools.partial(jp.prunedlora, rank=4, target=2, alpha=8, interval=2, remove=1),
-    "sora": functools.partial(jp.sora, rank=3, total_steps=40),
+    "sora": functools.partial(jp.sora, rank=3, total_steps=40, threshold=0.03),
     "uniformmask": functools.partial(jp.uniformmask, total_steps=40, rank=3, channels=("fc1",)),
     "vera": functools.partial(jp.vera, rank=16),
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -75,11 +76,17 @@ def apply(
         return like(np.where(along(after[place.path], value, place.axis) > 0, value, 0), leaf)
 
     new_masks = {path: like(after[path], mask) if path in changed else mask for path, mask in masks.items()}
+    # Where the old values lie and of exactly their type, or the next step would be compiled again.
+    better = {path: jax.tree.map(_in_place_of, new, adapters[path]) for path, new in decision.adapters.items()}
     moments = map_moments(zero, opt_state, adapters, optimizer)
     rescaled = {
         path: dataclasses.replace(adapter, scale=adapter.scale * decision.scales[path])
         if path in decision.scales
         else adapter
-        for path, adapter in {**adapters, **decision.adapters}.items()
+        for path, adapter in {**adapters, **better}.items()
     }
     return map_adapters(zero, rescaled), new_masks, rebuild(moments, rescaled, optimizer)
+
+
+def _in_place_of(new: Any, old: Any) -> Any:
+    return like(np.asarray(new), old)
