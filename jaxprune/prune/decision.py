@@ -76,8 +76,8 @@ def apply(
         return like(np.where(along(after[place.path], value, place.axis) > 0, value, 0), leaf)
 
     new_masks = {path: like(after[path], mask) if path in changed else mask for path, mask in masks.items()}
-    # Where the old values lie and of exactly their type, or the next step would be compiled again.
-    better = {path: jax.tree.map(_in_place_of, new, adapters[path]) for path, new in decision.adapters.items()}
+    # What was computed with Python numbers is weakly typed, for which the next step would be compiled again.
+    better = jax.tree.map(lambda leaf: like(np.asarray(leaf), leaf), dict(decision.adapters))
     moments = map_moments(zero, opt_state, adapters, optimizer)
     rescaled = {
         path: dataclasses.replace(adapter, scale=adapter.scale * decision.scales[path])
@@ -86,7 +86,3 @@ def apply(
         for path, adapter in {**adapters, **better}.items()
     }
     return map_adapters(zero, rescaled), new_masks, rebuild(moments, rescaled, optimizer)
-
-
-def _in_place_of(new: Any, old: Any) -> Any:
-    return like(np.asarray(new), old)
