@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from experiments.stopping import Stopped
 from jaxprune.errors import UsageError
@@ -18,12 +18,24 @@ T = TypeVar("T")
 
 def parse(config: type[T], arguments: Sequence[str], program: str) -> T:
     """Parse flags into `config`; tyro's boxed complaints become one `UsageError` line."""
+    parsed, _ = _parse(config, arguments, program, others=False)
+    return parsed
+
+
+def parse_known(config: type[T], arguments: Sequence[str], program: str) -> tuple[T, list[str]]:
+    """Parse the flags that `config` has, and return the others as they were given."""
+    return _parse(config, arguments, program, others=True)
+
+
+def _parse(config: type[T], arguments: Sequence[str], program: str, *, others: bool) -> tuple[T, list[str]]:
     import tyro
 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=list(arguments), prog=program)
+            if others:
+                return tyro.cli(config, args=list(arguments), prog=program, return_unknown_args=True)
+            return tyro.cli(config, args=list(arguments), prog=program), []
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -44,10 +56,13 @@ def _one_line(box: str) -> str:
     return f"{message}{hint}; --help lists every flag"
 
 
-def main(run: Callable[[Any], object], config: type, program: str) -> None:
-    """Parse, run, and exit: 0 on success, 2 on wrong input, 1 where training broke off, 128 + n on signal n."""
+def main(run: Callable[[list[str]], object], program: str) -> None:
+    """Run on the command line's arguments, and exit.
+
+    The status is 0 on success, 2 on wrong input, 1 where training broke off, and 128 + n on signal n.
+    """
     try:
-        run(parse(config, sys.argv[1:], program))
+        run(sys.argv[1:])
     except UsageError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,13 +1,14 @@
 """Run several methods on several tasks and seeds, and set them side by side: `python -m experiments.compare`.
 
-Every run is a process of its own with the settings of `experiments.glue`; runs that are finished are read, not run again, and
-broken-off ones go on, so the command can be repeated until all is there.
+Every run is a process of its own; flags of `experiments.glue` beside those here go to all of them. Runs that are finished
+are read, not run again, and broken-off ones go on, so the command can be repeated until all is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,19 +18,25 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli import main
+from experiments.cli import main, parse, parse_known
+from experiments.config import GlueConfig
 from jaxprune.errors import UsageError
 from jaxprune.report.files import write_figure, write_whole
 
+PROGRAM = "experiments.compare"
 METHODS = (
     "full", "bitfit", "houlsby", "pfeiffer", "lora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora",
     "dylora", "loradrop", "oplora", "dplora", "g2r2", "prunedlora", "channelmask",
 )  # fmt: skip
 
 
+class RunError(UsageError):
+    """A run broke off; the others go on."""
+
+
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare methods on the same tasks and seeds."""
+    """Compare methods on the same tasks and seeds; every other flag goes to experiments.glue, such as --epochs 3."""
 
     methods: tuple[str, ...] = METHODS
     """which methods; NAME:FLAGS gives one settings of its own, such as "dplora:--prune-ratio 0.8" """
@@ -37,42 +44,59 @@ class CompareConfig:
     """which tasks"""
     seeds: tuple[int, ...] = (42,)
     """which seeds"""
-    flags: str = ""
-    """flags of experiments.glue for every run, in one string, such as "--epochs 5 --data-dir glue" """
     output_dir: Path = Path("runs/compare")
     """where runs, table and picture go"""
 
 
-def run(config: CompareConfig) -> list[dict[str, Any]]:
+def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Run what is missing, then write table.md and compare.png; return a row for each method and task."""
+    config, flags = parse_known(CompareConfig, arguments, PROGRAM)
+    wanted = [(task, method, seed) for task in config.tasks for seed in config.seeds for method in config.methods]
+    for one in wanted:
+        # A wrong setting of the last method would otherwise be found after hours.
+        parse(GlueConfig, _flags(*one, flags), PROGRAM).resolve()
     summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for task in config.tasks:
-        for seed in config.seeds:
-            for method in config.methods:
-                summaries.setdefault((task, method), []).append(_summary(config, task, method, seed))
-    rows = [_row(task, method, runs) for (task, method), runs in summaries.items()]
+    failures = []
+    for task, method, seed in wanted:
+        try:
+            summaries.setdefault((task, method), []).append(_summary(config.output_dir, task, method, seed, flags))
+        except RunError as error:
+            failures.append(f"{task} with {method} and seed {seed}: {error}")
+    rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
+    if not rows:
+        raise RunError("; ".join(failures))
     text = table(rows)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(config.output_dir / "table.md", text.encode())
     plot(rows, config.output_dir / "compare.png")
     print(f"{text}\nfiles      {config.output_dir}/: table.md, compare.png, and a folder for every run")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
     return rows
 
 
-def _summary(config: CompareConfig, task: str, method: str, seed: int) -> dict[str, Any]:
+def _flags(task: str, method: str, seed: int, flags: Sequence[str]) -> list[str]:
     name, _, own = method.partition(":")
-    folder = config.output_dir / "-".join([task, name, *own.replace("--", "").split(), str(seed)]).replace("/", "_")
+    return ["--method", name, "--task", task, "--seed", str(seed), *flags, *own.split()]
+
+
+def _summary(folder: Path, task: str, method: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
+    """Return what a run left behind, after running it where it has not ended."""
+    folder /= "-".join([task, *method.replace(":", " ").replace("--", "").split(), str(seed)]).replace("/", "_")
+    own = _flags(task, method, seed, flags)
     if not (folder / "summary.json").exists():
-        flags = f"--method {name} --task {task} --seed {seed} --resume {config.flags} {own}".split()
-        command = [sys.executable, "-m", "experiments.glue", *flags, "--output-dir", str(folder)]
-        print(f"running    {' '.join(command[2:])}", flush=True)
+        glue = ["-m", "experiments.glue", *own, "--resume", "--output-dir", str(folder)]
+        print(f"running    python {shlex.join(glue)}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "a") as log:
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            status = subprocess.run([sys.executable, *glue], stdout=log, stderr=log, check=False).returncode
         if status:
             last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-            raise UsageError(f"{task} with {method} and seed {seed} ended with status {status}: {' '.join(last)}")
-    return json.loads((folder / "summary.json").read_text())
+            raise RunError(f"status {status}, {' '.join(last)}")
+    summary = json.loads((folder / "summary.json").read_text())
+    if changes := parse(GlueConfig, own, PROGRAM).resolve().differences(summary["config"]):
+        raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
+    return summary
 
 
 def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -127,4 +151,4 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    main(run, CompareConfig, "experiments.compare")
+    main(run, PROGRAM)

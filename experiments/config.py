@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +66,8 @@ USES: dict[str, tuple[str, ...]] = {
     "scaling": ("dplora",),
 }
 
+# Settings that a resumed run may change without becoming another run.
+FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
 
 # What may be left open: its docstring says in brackets what then stands, so that help need not add "None".
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -243,6 +247,16 @@ class GlueConfig:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts"
             )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as JSON gives them back."""
+        return json.loads(json.dumps(vars(self), default=str))
+
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """Name the settings in which a run with the plain settings `other` is another run; nothing where it is this one."""
+        own = self.plain()
+        differ = [name for name in own if name not in FREE and own[name] != other.get(name)]
+        return "; ".join(f"--{name.replace('_', '-')} was {other.get(name)!r}, is {own[name]!r}" for name in differ)
 
     def idle(self) -> list[str]:
         """Name the flags that were given and that the method does not use."""

@@ -20,29 +20,24 @@ import optax
 from experiments.build import make_method, make_optimizer, make_schedule
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
 from experiments.data import load_task
+from experiments.outcome import Finished, trained, write
 from experiments.packing import Batches, evaluation_batches, single_example_batches
-from experiments.pruning import Pruner, final_ranks
-from experiments.recording import Clock, Recorder, check_folder, make_folder, rewind, versions
+from experiments.pruning import Pruner
+from experiments.recording import Clock, Recorder, check_folder, make_folder, rewind
 from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
 from experiments.tokens import encode
 from jaxprune import methods, report
-from jaxprune.adapters import Adapters, Masks, count, init_weights, merge
+from jaxprune.adapters import init_weights
 from jaxprune.allocate import Plan
 from jaxprune.attach import attach
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError
-from jaxprune.models import Pretrained, load_classifier, save_classifier
-from jaxprune.peft import save_peft
-from jaxprune.prune import extract
+from jaxprune.models import Pretrained, load_classifier
 from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
 
 HEAD = r"^head/"
-# What the PEFT LoRA format cannot express.
-_NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer")
-# Settings that a resumed run may change without becoming another run.
-_FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
 
 
 class Data(NamedTuple):
@@ -104,8 +99,8 @@ def run(config: GlueConfig) -> dict[str, Any]:
         state = init_state(head_key, adapters, start.masks, optimizer, method, sites)
         ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
         kept = {
-            "config": _plain(config), "ranks": ranks, "plan": _said(start.plan), "events": [],
-            "adapter_params": count(*_split(adapters, start.masks, head=False)),
+            "config": config.plain(), "ranks": ranks, "plan": _said(start.plan), "events": [],
+            "adapter_params": trained(adapters, start.masks),
             "changes_params": start.params is not None,
         }  # fmt: skip
         params, initial = _changed(start, model)
@@ -119,7 +114,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
         state = checkpoints.restore(optimizer, method, sites)
         rewind(folder / "metrics.jsonl", int(state.step))
         print(f"resumed    after step {int(state.step)} of {total_steps}, from {checkpoints.folder}")
-    head_params = count(*_split(state.adapters, state.masks, head=True))
+    head_params = trained(state.adapters, state.masks, head=True)
     print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
 
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
@@ -171,41 +166,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
         if total_steps not in checkpoints.steps():
             save(state)
 
-    return _report(
-        config, task, model, initial, method, state, sites, kept, recorder, pruner, clock, folder, head_params
-    )
-
-
-def _report(
-    config, task, model, initial, method, state, sites, kept, recorder, pruner, clock, folder, head_params
-) -> dict[str, Any]:
-    """Write what a finished run leaves behind."""
-    ranked = kept["plan"] is not None
-    after = final_ranks(state.masks, sites) if ranked else kept["ranks"]
-    summary = {
-        "method": config.method, "model": config.model, "task": task.name, "seed": config.seed, "metric": task.metric,
-        "score": recorder.last[task.metric], "best_score": recorder.best, "metrics": recorder.last,
-        "adapter_params": count(*_split(state.adapters, state.masks, head=False)), "head_params": head_params,
-        "budget": kept["plan"]["budget"] if ranked else None, "ranks": after,
-        "layers_adapted": len({s.layer for s in sites if after[s.path]}) if ranked else None,
-        "steps": int(state.step), "events": pruner.events,
-    }  # fmt: skip
-    if ranked and kept["plan"]["gap"] is not None:
-        summary["allocation"] = kept["plan"]
-    if pruner.events:
-        summary |= {"adapter_params_at_start": kept["adapter_params"], "ranks_at_start": kept["ranks"]}
-        title = f"{config.method} on {task.name}"
-        report.plot_pruning(
-            recorder.history(), pruner.events, folder / "pruning.png", title=title, metric=task.metric,
-            budget=pruner.events[-1].get("budget"),
-        )  # fmt: skip
-        report.plot_ranks_before_after(kept["ranks"], after, sites, folder / "ranks_after.png", title=title)
-    saved = _save(folder, state, method, model, initial, config)
-    summary |= {"seconds": clock.total(), "versions": versions(), "config": _plain(config)}
-    report.write_json(folder / "summary.json", summary)
-    report.write_page(folder)
-    _conclude(summary, task, folder, saved)
-    return summary
+    return write(Finished(config, task, model, initial, method, sites, kept, recorder, pruner, clock, state))
 
 
 def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -216,10 +177,7 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
         print(f"note       nothing to resume in {checkpoints.folder}; the run begins")
         return None
     kept = checkpoints.extra()
-    here, there = _plain(config), kept["config"]
-    differ = [name for name in here if name not in _FREE and here[name] != there.get(name)]
-    if differ:
-        changes = "; ".join(f"--{name.replace('_', '-')} was {there.get(name)!r}, is {here[name]!r}" for name in differ)
+    if changes := config.differences(kept["config"]):
         raise UsageError(
             f"--resume: the run in {str(config.output_dir)!r} has other settings: {changes}; use its own, or another "
             f"--output-dir"
@@ -302,10 +260,6 @@ def _origin(model: Pretrained) -> str:
     return where.get(model.origin, model.origin)
 
 
-def _split(adapters: Adapters, masks: Masks, *, head: bool) -> tuple[Adapters, Masks]:
-    return {p: a for p, a in adapters.items() if p.startswith("head/") == head}, masks
-
-
 def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Scale the weights to mean 1, so that fillers do not dilute the mean loss of a batch."""
     return {**batch, "weights": batch["weights"] * (batch["weights"].size / batch["weights"].sum())}
@@ -341,58 +295,3 @@ def _changed(start: methods.Start, model: Pretrained) -> tuple[Any, Any]:
     if start.params is None:
         return model.params, None
     return start.params, jax.tree.map(lambda leaf: np.array(leaf), start.adapters)
-
-
-def _save(
-    folder: Path, state: TrainState, method: methods.Method, model: Pretrained, initial: Any, config: GlueConfig
-) -> list[str]:
-    adapters, masks = method.seen(state.adapters, state.masks)
-    if config.method == "channelmask":
-        small = extract(model.config, model.params, adapters, masks)
-        save_classifier(
-            folder / "model", small.config, merge(small.params, small.adapters, masks), tokenizer=model.folder
-        )
-        return ["model/ (smaller, without the masked channels)"]
-    if config.method in _NO_LORA:
-        return []
-    save_peft(
-        adapters, masks, folder / "adapter",
-        torch_paths=model.torch_paths, params=model.params, base_model=config.model, initial=initial,
-    )  # fmt: skip
-    return ["adapter/"]
-
-
-def _plain(config: GlueConfig) -> dict[str, Any]:
-    """Return the settings as JSON gives them back."""
-    return json.loads(json.dumps(vars(config), default=str))
-
-
-def _conclude(summary: dict[str, Any], task: Task, folder: Path, saved: list[str]) -> None:
-    seconds = summary["seconds"]
-    others = ", ".join(f"{k} {v:.2f}" for k, v in summary["metrics"].items() if k != task.metric)
-    print(
-        f"\nscore      {task.metric} {summary['score']:.2f} (best {summary['best_score']:.2f}){'; ' + others if others else ''}"
-    )
-    if events := summary["events"]:
-        compactions = sum(event["compacted"] for event in events)
-        print(
-            f"pruned     {summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
-            f"{len(events)} events, {compactions} of them compacted"
-        )
-    spent = ", ".join(
-        f"{_SPENT[name]} {value:.1f}" for name, value in seconds.items() if name in _SPENT and value >= 0.05
-    )
-    print(
-        f"time       {seconds['total']:.1f} s: {spent}\n"
-        f"files      {folder}/: report.html, summary.json, metrics.jsonl, checkpoints/, {', '.join([*saved, 'pictures'])}"
-    )
-    if saved:
-        print(
-            f"next       open {folder}/report.html, or load {folder}/adapter with PeftModel.from_pretrained or jp.load_peft"
-        )
-
-
-_SPENT = {
-    "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning", "eval": "evaluating",
-    "save": "saving",
-}  # fmt: skip

@@ -13,8 +13,8 @@ if __name__ == "__main__":
     # transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-    from experiments.cli import main
+    from experiments.cli import main, parse
     from experiments.config import GlueConfig
     from experiments.finetune import run
 
-    main(run, GlueConfig, "experiments.glue")
+    main(lambda arguments: run(parse(GlueConfig, arguments, "experiments.glue")), "experiments.glue")

@@ -5,15 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxprune as jp
 from jaxprune.prune import zero_dead
 from jaxprune.prune.components import along, map_moments
 from jaxprune.train import only_trained
-from tests.test_methods import METHODS, loss_fn
-from tests.tower import tower
+from tests.test_methods import METHODS
+from tests.tower import begin
 
 every = pytest.mark.parametrize("name", METHODS)
 STEPS, SAVED = 40, 17
@@ -22,34 +21,20 @@ STEPS, SAVED = 40, 17
 @functools.lru_cache
 def run(name, form="plain"):
     """Train through all events; returns what the tests look at, with the state after step SAVED."""
-    model, params, x = tower(form)
-    sites, forward, batch = jp.find_sites(params), jp.attach(model), {"x": x}
-    method = METHODS[name]()
-    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
-    start = method.start(context)
-    params = params if start.params is None else start.params
-    optimizer = optax.adamw(1e-2)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    traces = []
-
-    def counted(apply, batch, key):
-        traces.append(1)
-        return loss_fn(apply, batch, key)
-
-    step = jp.make_step(forward, counted, optimizer, method, donate=False)
+    world = begin(METHODS[name](), form)
 
     def go(state, until):
         decisions = []
         while int(state.step) < until:
-            state, _ = step(params, state, batch)
-            state, decision = jp.prune(state, method, optimizer, context)
+            state, _ = world.step(world.params, state, world.batch)
+            state, decision = jp.prune(state, world.method, world.optimizer, world.context)
             decisions += [decision] if decision else []
         return state, decisions
 
-    middle, first = go(state, SAVED)
+    middle, first = go(world.state, SAVED)
     end, second = go(middle, STEPS)
-    assert len(traces) == (2 if method.probes else 1), "an event had the step compiled again"
-    return params, batch, forward, method, optimizer, sites, step, go, middle, end, first + second
+    assert len(world.traces) == (2 if world.method.probes else 1), "an event had the step compiled again"
+    return world, go, middle, end, first + second
 
 
 def arrays(tree):
@@ -60,10 +45,10 @@ def arrays(tree):
 
 @every
 def test_a_resumed_run_is_the_same_run(name, tmp_path):
-    _, _, _, method, optimizer, sites, _, go, middle, end, _ = run(name)
+    world, go, middle, end, _ = run(name)
     with jp.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(middle)
-    restored = jp.Checkpoints(tmp_path).restore(optimizer, method, sites)
+    restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method, world.context.sites)
     assert jax.tree.structure(restored) == jax.tree.structure(middle)
     for left, right in zip(arrays(go(restored, STEPS)[0]), arrays(end), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -74,7 +59,7 @@ PRUNING = {"dplora", "g2r2", "prunedlora", "adalora", "sora"}
 
 @every
 def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
-    params, batch, forward, method, optimizer, sites, step, _, _, end, decisions = run(name)
+    (_, params, batch, forward, context, method, optimizer, _, _, step, _), _, _, end, decisions = run(name)
     assert decisions or name not in PRUNING
     jax.tree.map(np.testing.assert_array_equal, zero_dead(end.adapters, end.masks), dict(end.adapters))
 
@@ -97,5 +82,5 @@ def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
         (end, one), (small, other) = step(params, end, batch), step(params, small, batch)
         if name != "sora":  # whose penalty is a mean over the gates that are left; its event is the last step
             np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
-    with_spec = jax.tree.structure(method.init(small.adapters, small.masks, sites))
+    with_spec = jax.tree.structure(method.init(small.adapters, small.masks, context.sites))
     assert jax.tree.structure(small.method_state) == with_spec, "a compacted run could not be resumed"

@@ -3,13 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxprune as jp
-from tests.tower import tower
+from tests.tower import begin, loss_fn, tower
 
 METHODS = {
     "adalora": functools.partial(
@@ -46,57 +44,41 @@ every = pytest.mark.parametrize("name", METHODS)
 FORMS = ("plain", "scan_of_remat")
 
 
-def loss_fn(apply, batch, key):
-    return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
-
-
 @functools.lru_cache
 def trained(name, form="plain", steps=5):
-    """Start a method on a tower and train it for some steps; returns everything a test may look at."""
-    model, params, x = tower(form)
-    sites, forward, batch = jp.find_sites(params), jp.attach(model), {"x": x}
-    method = METHODS[name]()
-    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
-    start = method.start(context)
-    params = params if start.params is None else start.params
-    optimizer = optax.adamw(1e-2)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    traces = []
-
-    def counted(apply, batch, key):
-        traces.append(1)
-        return loss_fn(apply, batch, key)
-
-    step = jp.make_step(forward, counted, optimizer, method, donate=False)
-    losses = []
+    """Start a method on a tower and train it for some steps; returns the world, its state after them, and the losses."""
+    world = begin(METHODS[name](), form)
+    state, losses = world.state, []
     for _ in range(steps):
-        state, metrics = step(params, state, batch)
+        state, metrics = world.step(world.params, state, world.batch)
         losses.append(float(metrics["loss"]))
-    return model, params, x, forward, start, state, losses, len(traces)
+    return world, state, losses
 
 
 @every
 @pytest.mark.parametrize("form", FORMS)
 def test_no_op_at_the_start_then_learning_without_retracing(name, form):
-    model, params, x, forward, start, state, losses, traces = trained(name, form)
-    plain = jax.jit(lambda: model.apply({"params": tower(form)[1]}, x))()
-    begun = jax.jit(forward)(params, *METHODS[name]().seen(start.adapters, start.masks), x)
+    world, _, losses = trained(name, form)
+    x, start = world.batch["x"], world.start
+    plain = jax.jit(lambda: world.model.apply({"params": tower(form)[1]}, x))()
+    begun = jax.jit(world.forward)(world.params, *world.method.seen(start.adapters, start.masks), x)
     np.testing.assert_allclose(begun, plain, rtol=1e-5, atol=1e-6)
     # Once for the steps that measure and once for the others, where there are probes.
-    assert losses[-1] < losses[0] and traces == (2 if METHODS[name]().probes else 1)
+    assert losses[-1] < losses[0] and len(world.traces) == (2 if world.method.probes else 1)
 
 
 @every
 @pytest.mark.parametrize("form", FORMS)
 def test_merging_gives_the_adapted_model(name, form):
-    model, params, x, forward, _, state, _, _ = trained(name, form)
-    adapters, masks = METHODS[name]().seen(state.adapters, state.masks)
+    world, state, _ = trained(name, form)
+    model, params, x = world.model, world.params, world.batch["x"]
+    adapters, masks = world.method.seen(state.adapters, state.masks)
     if name in BOTTLENECKS:
         with pytest.raises(jp.UsageError, match="cannot be merged"):
             jp.merge(params, adapters, masks)
         return
     merged = jp.merge(params, adapters, masks)
-    adapted = jax.jit(forward)(params, adapters, masks, x)
+    adapted = jax.jit(world.forward)(params, adapters, masks, x)
     np.testing.assert_allclose(jax.jit(lambda: model.apply({"params": merged}, x))(), adapted, rtol=1e-4, atol=1e-5)
     assert np.abs(adapted - jax.jit(lambda: model.apply({"params": params}, x))()).max() > 1e-3
 
@@ -104,7 +86,8 @@ def test_merging_gives_the_adapted_model(name, form):
 @every
 def test_frozen_parameters_are_not_differentiated(name):
     """The step's program has no gradient output for a parameter that is not trained, and leaves `params` alone."""
-    _, params, _, _, start, state, _, _ = trained(name)
+    world, state, _ = trained(name)
+    start = world.start
     assert jax.tree.structure(state.adapters) == jax.tree.structure(start.adapters)
     assert jp.count(state.adapters, state.masks) == jp.count(start.adapters, start.masks)
     leaves = [(adapter, *item) for adapter in state.adapters.values() for item in vars(adapter).items()]
@@ -116,7 +99,8 @@ def test_frozen_parameters_are_not_differentiated(name):
 
 @every
 def test_plans_keep_their_promises(name):
-    _, params, _, _, start, _, _, _ = trained(name)
+    world = trained(name)[0]
+    params, start = world.params, world.start
     if start.plan is None:
         assert start.masks == {}
         return
@@ -140,8 +124,8 @@ def test_plans_keep_their_promises(name):
 
 def test_what_full_and_bitfit_train():
     _, params, _ = tower()
-    assert set(trained("full")[4].adapters) == {p for p in jp.sites.flatten(params)}
-    assert all(path.endswith("/bias") for path in trained("bitfit")[4].adapters)
+    assert set(trained("full")[0].start.adapters) == {p for p in jp.sites.flatten(params)}
+    assert all(path.endswith("/bias") for path in trained("bitfit")[0].start.adapters)
 
 
 def test_oplora_follows_the_scores():

@@ -1,12 +1,16 @@
-"""A tiny Linen model in the four forms that adapters must survive."""
+"""A tiny Linen model in the four forms that adapters must survive, and a method ready to train on it."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
 
 FORMS = ("plain", "remat", "scan", "scan_of_remat")
 
@@ -42,3 +46,42 @@ def tower(form: str = "plain"):
     model = Tower(form)
     x = jax.random.normal(jax.random.key(7), (4, 5, 8))
     return model, jax.jit(model.init)(jax.random.key(0), x)["params"], x
+
+
+def loss_fn(apply, batch, key):
+    """Return the mean squared distance of the outputs from 1."""
+    return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
+
+
+class World(NamedTuple):
+    """Everything a test of a method may look at; `traces` grows with every compilation of the step."""
+
+    model: nn.Module
+    params: Any
+    batch: dict[str, jax.Array]
+    forward: Any
+    context: jp.Context
+    method: jp.Method
+    optimizer: optax.GradientTransformation
+    start: jp.Start
+    state: jp.TrainState
+    step: Any
+    traces: list[int]
+
+
+def begin(method: jp.Method, form: str = "plain", optimizer: optax.GradientTransformation | None = None) -> World:
+    """Start a method on a tower."""
+    model, params, x = tower(form)
+    optimizer = optimizer or optax.adamw(1e-2)
+    sites, forward, batch, traces = jp.find_sites(params), jp.attach(model), {"x": x}, []
+    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
+    start = method.start(context)
+    params = params if start.params is None else start.params
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+
+    def counted(apply, batch, key):
+        traces.append(1)
+        return loss_fn(apply, batch, key)
+
+    step = jp.make_step(forward, counted, optimizer, method, donate=False)
+    return World(model, params, batch, forward, context, method, optimizer, start, state, step, traces)

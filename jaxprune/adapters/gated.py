@@ -9,16 +9,16 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, key_for
-from jaxprune.adapters.lora import Lora, init_lora
+from jaxprune.adapters.diagonal import Diagonal
+from jaxprune.adapters.lora import init_lora
 from jaxprune.sites import Site
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "gate", "b"], meta_fields=["scale", "dropout"])
 @dataclass(frozen=True)
-class Gated:
+class Gated(Diagonal):
     """Hold the factors and the gates of one site; every leaf has the stacked axes of its kernel in front.
 
     Attributes:
@@ -35,26 +35,9 @@ class Gated:
     scale: float
     dropout: float = 0.0
 
+    diagonal: ClassVar[str] = "gate"
     rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "gate": -1, "b": -2})
     undecayed: ClassVar[tuple[str, ...]] = ("gate",)
-
-    def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
-        """Return x W + s ((dropout(x) A) * g * m) B."""
-        return self.as_lora(mask).linear(x_NxI, kernel_IxO, None, key)
-
-    def merge(self, kernel: Array, mask: Array | None) -> Array:
-        """Return W + s A diag(g * m) B."""
-        return self.as_lora(mask).merge(kernel, None)
-
-    def count(self, mask: Array | None) -> int:
-        """Count (d_in + 1 + d_out) for every live component."""
-        live = int(jnp.sum(mask)) if mask is not None else self.gate.size
-        return live * (self.a.shape[-2] + 1 + self.b.shape[-1])
-
-    def as_lora(self, mask: Array | None) -> Lora:
-        """Fold g * m into A."""
-        gate = self.gate if mask is None else self.gate * mask
-        return Lora(self.a * gate[..., None, :], self.b, self.scale, self.dropout)
 
 
 def init_gated(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, key_for
-from jaxprune.adapters.lora import Lora, init_lora
+from jaxprune.adapters.diagonal import Diagonal
+from jaxprune.adapters.lora import init_lora
 from jaxprune.sites import Site
 
 
@@ -20,7 +21,7 @@ from jaxprune.sites import Site
     jax.tree_util.register_dataclass, data_fields=["a", "e", "b", "held"], meta_fields=["scale", "dropout"]
 )
 @dataclass(frozen=True)
-class Svd:
+class Svd(Diagonal):
     """Hold the factors of one site; every leaf has the stacked axes of its kernel in front.
 
     Attributes:
@@ -40,29 +41,12 @@ class Svd:
     dropout: float = 0.0
     held: Array | None = None
 
+    diagonal: ClassVar[str] = "e"
     rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "e": -1, "b": -2, "held": -1})
 
     @property
     def frozen(self) -> tuple[str, ...]:
         return () if self.held is None else ("held",)
-
-    def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
-        """Return x W + s ((dropout(x) A) * e * m) B."""
-        return self.as_lora(mask).linear(x_NxI, kernel_IxO, None, key)
-
-    def merge(self, kernel: Array, mask: Array | None) -> Array:
-        """Return W + s A diag(e * m) B."""
-        return self.as_lora(mask).merge(kernel, None)
-
-    def count(self, mask: Array | None) -> int:
-        """Count (d_in + 1 + d_out) for every live component."""
-        live = int(jnp.sum(mask)) if mask is not None else self.e.size
-        return live * (self.a.shape[-2] + 1 + self.b.shape[-1])
-
-    def as_lora(self, mask: Array | None) -> Lora:
-        """Fold e * m into A."""
-        e = self.e if mask is None else self.e * mask
-        return Lora(self.a * e[..., None, :], self.b, self.scale, self.dropout)
 
 
 def init_svd(

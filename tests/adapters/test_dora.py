@@ -5,16 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxprune as jp
 from jaxprune.adapters.base import drop
 from jaxprune.prune import Decision
 from jaxprune.sites import flatten
-from tests.test_attach import random_adapters, reference_logits
+from tests.test_attach import equals, random_adapters
 from tests.test_methods import FORMS
-from tests.tower import tower
+from tests.tower import begin, tower
 
 
 def random_doras(params, dead=0, **kw):
@@ -46,26 +45,11 @@ def merged_by_hand(params, adapters, masks):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_merge_and_gradients_equal_the_formula(form):
-    model, params, x = tower(form)
+    params = tower(form)[1]
     adapters, masks = random_doras(params, dead=1)
     if "scan" in form:  # one layer without a live component among others that have some
         masks = {path: mask.at[1].set(0.0) for path, mask in masks.items()}
-    by_hand = merged_by_hand(params, adapters, masks)
-    forward = jp.attach(model)
-    np.testing.assert_allclose(
-        jax.jit(forward)(params, adapters, masks, x), reference_logits(form, by_hand, x), rtol=1e-4, atol=1e-5
-    )
-    merged = flatten(jp.merge(params, adapters, masks))
-    for path, expected in by_hand.items():
-        np.testing.assert_allclose(merged[path], expected, rtol=1e-5, atol=1e-6)
-
-    weight_space = jp.attach_function(lambda params, x: model.apply({"params": params}, x))
-    ours, other = (
-        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(params, a, masks, x) ** 2)))(adapters)
-        for f in (forward, weight_space)
-    )
-    for left, right in zip(*map(jax.tree.leaves, (ours, other)), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()))
+    ours = equals(form, merged_by_hand(params, adapters, masks), adapters, masks)
     for grad in ours.values():
         assert not np.any(grad.a[..., :, :1]) and not np.any(grad.b[..., :1, :])
 
@@ -119,52 +103,39 @@ def test_a_column_of_zeros_gives_no_nan():
 
 @pytest.mark.parametrize("form", ["plain", "scan_of_remat"])
 def test_rank_pruning_works_and_compaction_changes_nothing(form):
-    model, params, x = tower(form)
-    sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adamw(1e-2)
-
     def decide(state, adapters, masks, step, context):
         first, *rest = sorted(masks)
         dead = {first: np.zeros_like(masks[first])}
         return state, Decision({**dead, **{path: np.asarray(masks[path].at[..., 0].set(0.0)) for path in rest}})
 
     method = jp.with_dora(jp.lora(rank=3))._replace(decide=decide, triggers=lambda number: number == 2)
-    context = jp.Context(jax.random.key(3), params, sites, forward, lambda *a: 0.0)
-    start = method.start(context)
-    assert all(isinstance(adapter, jp.Dora) for adapter in start.adapters.values())
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    step = jp.make_step(
-        forward, lambda apply, batch, key: jnp.mean((apply(batch) - 1) ** 2), optimizer, method, donate=False
-    )
+    world = begin(method, form)
+    state = world.state
+    assert all(isinstance(adapter, jp.Dora) for adapter in state.adapters.values())
     for _ in range(2):
-        state, _ = step(params, state, x)
-    state, decision = jp.prune(state, method, optimizer)
+        state, _ = world.step(world.params, state, world.batch)
+    state, decision = jp.prune(state, method, world.optimizer)
     assert decision is not None
-    small = jp.compacted(state, method, optimizer)
+    small = jp.compacted(state, method, world.optimizer)
     assert sorted(small.adapters) == sorted(state.adapters)[1:]
     assert jp.count(small.adapters, small.masks) == jp.count(state.adapters, state.masks)
     layers = 3 if "scan" in form else 1
     assert jp.count(small.adapters, small.masks) == sum(
-        layers * (2 * (s.d_in + s.d_out) + s.d_out) for s in sites if s.path in small.adapters
+        layers * (2 * (s.d_in + s.d_out) + s.d_out) for s in world.context.sites if s.path in small.adapters
     )
     for _ in range(2):
-        state, left = step(params, state, x)
-        small, right = step(params, small, x)
+        state, left = world.step(world.params, state, world.batch)
+        small, right = world.step(world.params, small, world.batch)
         np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
 
 
 def test_dplora_prunes_dora():
-    model, params, x = tower()
-    sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adamw(1e-2)
-    loss_fn = lambda apply, batch, key: jnp.mean((apply(batch["x"]) - 1) ** 2)  # noqa: E731
-    method = jp.with_dora(jp.dplora(total_steps=12, events=2, target=0.5, ranks=range(5), solver="DP"))
-    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [{"x": x}])
-    start = method.start(context)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+    world = begin(jp.with_dora(jp.dplora(total_steps=12, events=2, target=0.5, ranks=range(5), solver="DP")))
+    state = world.state
     counts = [jp.count(state.adapters, state.masks)]
     for _ in range(12):
-        state, metrics = step(params, state, {"x": x})
-        state, decision = jp.prune(state, method, optimizer, context)
+        state, metrics = world.step(world.params, state, world.batch)
+        state, decision = jp.prune(state, world.method, world.optimizer, world.context)
         if decision:
             counts.append(jp.count(state.adapters, state.masks))
     assert len(counts) == 3 and counts[0] > counts[1] > counts[2]

@@ -11,9 +11,9 @@ import pytest
 import jaxprune as jp
 from jaxprune.adapters.vera import SHARED
 from jaxprune.sites import flatten
-from tests.test_attach import random_adapters, reference_logits
+from tests.test_attach import equals, random_adapters
 from tests.test_methods import FORMS
-from tests.tower import tower
+from tests.tower import begin, tower
 
 
 def random_vera(params, rank=5):
@@ -29,8 +29,8 @@ def random_vera(params, rank=5):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_vera_equals_its_formula(form):
-    model, params, x = tower(form)
-    adapters, method = random_vera(params), jp.vera(rank=5)
+    params = tower(form)[1]
+    adapters = random_vera(params)
     flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
     big_a, big_b = np.asarray(adapters[SHARED].a, np.float64), np.asarray(adapters[SHARED].b, np.float64)
     assert big_a.shape == (12, 5) and big_b.shape == (5, 12)
@@ -41,22 +41,7 @@ def test_vera_equals_its_formula(form):
         a, b = big_a[: kernel.shape[-2]], big_b[:, : kernel.shape[-1]]
         d, own = np.asarray(one.d, np.float64), np.asarray(one.b, np.float64)
         flat[f"{path}/kernel"] = kernel + np.einsum("ir,...r,ro,...o->...io", a, d, b, own)
-    seen, masks = method.seen(adapters, {})
-    forward = jp.attach(model)
-    np.testing.assert_allclose(
-        jax.jit(forward)(params, seen, masks, x), reference_logits(form, flat, x), rtol=1e-4, atol=1e-5
-    )
-    merged = flatten(jp.merge(params, seen, masks))
-    for path, expected in flat.items():
-        np.testing.assert_allclose(merged[path], expected, rtol=1e-5, atol=1e-6)
-
-    weight_space = jp.attach_function(lambda params, x: model.apply({"params": params}, x))
-    ours, other = (
-        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(params, *method.seen(a, {}), x) ** 2)))(adapters)
-        for f in (forward, weight_space)
-    )
-    for left, right in zip(*map(jax.tree.leaves, (ours, other)), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()) + 1e-9)
+    ours = equals(form, flat, adapters, {}, jp.vera(rank=5).seen)
     assert not np.any(ours[SHARED].a) and not np.any(ours[SHARED].b)
 
 
@@ -64,14 +49,10 @@ def test_vera_equals_its_formula(form):
 @pytest.mark.parametrize("name", ["vera", "lorafa"])
 def test_what_is_frozen_stays_and_has_no_moments(name, form):
     """Weight decay included: a large one would move whatever the optimizer touches."""
-    model, params, x = tower(form)
-    sites, forward, method = jp.find_sites(params), jp.attach(model), getattr(jp, name)(rank=4)
-    start = method.start(jp.Context(jax.random.key(3), params, sites, forward, None))
-    optimizer = optax.adamw(1e-2, weight_decay=10.0)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
-    step = jp.make_step(forward, lambda apply, x, key: jnp.mean((apply(x) - 1) ** 2), optimizer, method, donate=False)
+    world = begin(getattr(jp, name)(rank=4), form, optax.adamw(1e-2, weight_decay=10.0))
+    state, start = world.state, world.start
     for _ in range(2):
-        state, _ = step(params, state, x)
+        state, _ = world.step(world.params, state, world.batch)
     layers = 3
     expected = (
         sum(4 * (n == "vera") + d_out * (4 if n == "lorafa" else 1) for n in [name] for d_out in (12, 8)) * layers

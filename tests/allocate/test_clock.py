@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 
 from experiments.bench_allocate import instance, llama_3_8b, roberta_base
 from jaxprune.allocate import (
-    FLOPS,
     TimeModel,
     allocate,
-    clock,
     knapsack,
     make_clock,
     rank_problem,
@@ -25,14 +23,7 @@ from jaxprune.allocate import (
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _count_flops():
-    """These tests work times out by hand, in FLOPs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "MEASURED", FLOPS)
-        yield
-
+pytestmark = pytest.mark.usefixtures("count_flops")
 
 EXACT = ("CBC", "GLPK_MI", "HIGHS", "DP")
 RANKS = (0, 1, 4)

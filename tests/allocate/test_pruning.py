@@ -9,18 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bench_allocate import instance, llama_3_8b, roberta_base
-from jaxprune.allocate import FLOPS, Problem, clock, prune_problem, solve, step_time
+from jaxprune.allocate import Problem, prune_problem, solve, step_time
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _count_flops():
-    """These tests work times out by hand, in FLOPs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "MEASURED", FLOPS)
-        yield
-
+pytestmark = pytest.mark.usefixtures("count_flops")
 
 EXACT = ("CBC", "GLPK_MI", "HIGHS", "DP")
 

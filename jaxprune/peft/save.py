@@ -1,9 +1,4 @@
-"""Exchange adapters with Hugging Face PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-
-Pruned adapters have a rank of their own at every site. They are written with the scale folded into A and alpha = rank
-everywhere, so that s = alpha / r = 1 for every reader, also for those that know only the global alpha and r. A folder holds
-LoRA or DoRA; other kinds of adapters are written as the LoRA that does the same, where there is one.
-"""
+"""Write adapters as a folder that Hugging Face PEFT loads."""
 
 from __future__ import annotations
 
@@ -14,19 +9,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError
+from jaxprune.peft.load import load_peft, read_folder
+from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_names
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # PEFT takes these modules for trained heads, whatever the configuration says, and cannot load a folder without them.
 _TASK_HEADS = {
@@ -36,14 +30,6 @@ _TASK_HEADS = {
 }
 _VLLM_MAX_RANK = 512
 _MAGNITUDE = ".lora_magnitude_vector"
-# Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
-_UNSUPPORTED = (
-    "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices",
-    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-TorchPaths = Mapping[str, str | Sequence[str]]
 
 
 def save_peft(
@@ -138,94 +124,10 @@ def save_peft(
     from safetensors.numpy import save_file
 
     with _new_folder(Path(folder)) as new:
-        save_file({**tensors, **head}, new / _TENSORS, metadata={"format": "pt"})
-        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({**tensors, **head}, new / TENSORS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         magnitudes = {key: value for key, value in tensors.items() if key.endswith(_MAGNITUDE)}
         _verify(new, loras, masks, torch_paths, head, magnitudes)
-
-
-def load_peft(
-    folder: str | os.PathLike[str], sites: Sequence[Site], *, torch_paths: TorchPaths | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a LoRA or DoRA folder written by Hugging Face PEFT or by `save_peft`.
-
-    A = lora_A^T, B = lora_B^T and s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, where `rank_pattern` and
-    `alpha_pattern` give a module its own r and alpha: the first of their keys that matches the end of its path wins.
-
-    Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-      sites: the sites of the model; those the folder does not adapt get no adapter.
-      torch_paths: as for `save_peft`; it has to name the modules of the head too.
-
-    Raises:
-      UsageError: the folder is neither LoRA nor DoRA (AdaLoRA, ...), cannot be read, or does not fit the sites; one
-        message lists everything that does not.
-
-    Returns:
-      (adapters, masks): {site path: Lora or Dora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
-      stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
-    """
-    folder = Path(folder)
-    config, tensors = _read(folder)
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    rest: dict[str, np.ndarray] = {}
-    problems = []
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        factor = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))", name)
-        if name == key:
-            problems.append(f"unexpected key {key!r}, expected it to start with {_PREFIX!r}")
-        elif factor:
-            factors.setdefault(factor[1], {})[factor[2] or factor[3]] = value
-        else:
-            rest[name] = value
-
-    adapters: dict[str, Any] = {}
-    masks: dict[str, Any] = {}
-    rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
-    dropout = float(config.get("lora_dropout", 0.0))
-    for site in sites:
-        layers = []
-        for name in _torch_names(site.path, site.stack, torch_paths):
-            pair = factors.pop(name, {})
-            if not pair and not _targeted(config, name):
-                layers.append(None)
-                continue
-            r = int(rank(name))
-            expected: dict[str, tuple[int, ...]] = {"A": (r, site.d_in), "B": (site.d_out, r)}
-            if config.get("use_dora"):
-                expected["magnitude_vector"] = (site.d_out,)
-            got = {part: pair[part].shape if part in pair else "missing" for part in {**expected, **pair}}
-            if got != expected:
-                parts = ", ".join(f"lora_{part}" for part in got)
-                problems.append(f"{name}: {parts} are {[*got.values()]}, expected {[*expected.values()]}")
-                layers.append(None)
-                continue
-            scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
-            layers.append((pair["A"].T, pair["B"].T, scale, pair.get("magnitude_vector")))
-        if any(layers):
-            adapters[site.path], masks[site.path] = _join(layers, site, dropout)
-    problems += [f"module {name!r} has an adapter but is not among the sites" for name in factors]
-    heads, wrong = _heads(rest, config, torch_paths)
-    problems += wrong
-    if problems:
-        raise UsageError(f"{folder} does not fit the model, {len(problems)} mismatches: " + "; ".join(problems))
-    return {**adapters, **heads}, masks
-
-
-def _torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | None) -> list[str]:
-    """Return the PyTorch modules of a site: one, or one a layer where it is stacked."""
-    name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
-    if name is None:
-        raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
-    count = math.prod(stack)
-    names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
-    if len(names) != count or len(set(names)) != count:
-        raise UsageError(
-            f"site {path!r} stands for {count} layers but torch_paths names {len(set(names))} modules for it; "
-            f"give a path for every layer, or a pattern with {{}} for the layer's number"
-        )
-    return names
 
 
 def _as_written(adapters: Adapters, masks: Masks, initial: Adapters | None) -> tuple[dict[str, Lora], dict[str, Any]]:
@@ -293,7 +195,7 @@ def _lora_tensors(
     ranks: dict[str, int] = {}
     seen: dict[str, str] = {}
     for path, adapter in loras.items():
-        names = _torch_names(path, adapter.a.shape[:-2], torch_paths)
+        names = torch_names(path, adapter.a.shape[:-2], torch_paths)
         for i, (name, (a, b, gate)) in enumerate(zip(names, _layers(adapter, masks.get(path)), strict=True)):
             if seen.setdefault(name, path) != path:
                 raise UsageError(f"sites {seen[name]!r} and {path!r} both have the torch path {name!r}")
@@ -302,10 +204,10 @@ def _lora_tensors(
                 ranks[name] = int(live.sum())
                 a, b = a[:, live] * gate[live], b[live]
                 # The safetensors writer takes the bytes as they lie, so a transposed view would be saved untransposed.
-                tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-                tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
                 if isinstance(adapter, Dora):
-                    tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = _rows(adapter.magnitude)[i]
+                    tensors[f"{PREFIX}{name}{_MAGNITUDE}"] = _rows(adapter.magnitude)[i]
     if not ranks:
         raise UsageError("no adapter has a live component, so there is no LoRA to save; save the parameters instead")
     # A pattern also matches paths that end in it, and the first match wins: the longer path has to come first.
@@ -331,24 +233,24 @@ def _head_tensors(
 
     modules: dict[str, None] = {}
     for module in dict.fromkeys(path.rpartition("/")[0] for path in weights):
-        name = _torch_names(module, (), torch_paths)[0]
+        name = torch_names(module, (), torch_paths)[0]
         # The outermost module is what PEFT's users name, unless the rest of the model lies in it (BERT's pooler).
         outermost = name.split(".")[0]
         modules[name if any(other.split(".")[0] == outermost for other in body) else outermost] = None
     for name in heads.values():
-        modules.update({path: None for path in _ancestors(name) if path.endswith(_TASK_HEADS.get(str(task_type), ()))})
+        modules.update({path: None for path in ancestors(name) if path.endswith(_TASK_HEADS.get(str(task_type), ()))})
     if task_type in _TASK_HEADS and not modules:
         raise UsageError(
             f"task_type {task_type!r} goes with a head, and none was trained; pass params and torch_paths to save the "
             f"frozen one, or task_type=None"
         )
-    within = [name for name in adapted if _saved_whole(modules, name)]
+    within = [name for name in adapted if saved_whole(modules, name)]
     if within:
         raise UsageError(f"module {within[0]!r} has an adapter but lies in the head, which PEFT saves whole; merge it")
 
     tensors: dict[str, np.ndarray] = {}
     for module, name in heads.items():
-        if not _saved_whole(modules, name):
+        if not saved_whole(modules, name):
             continue
         own = leaves.get(module, {})
         if not own.keys() & {"kernel", "scale"}:
@@ -357,7 +259,7 @@ def _head_tensors(
             value = np.asarray(value, np.float32)
             if leaf not in _LEAVES or value.ndim > 2:
                 raise UsageError(f"head leaf '{module}/{leaf}' of shape {value.shape} has no counterpart in PyTorch")
-            tensors[f"{_PREFIX}{name}.{_LEAVES[leaf]}"] = np.ascontiguousarray(value.T if leaf == "kernel" else value)
+            tensors[f"{PREFIX}{name}.{_LEAVES[leaf]}"] = np.ascontiguousarray(value.T if leaf == "kernel" else value)
     return tensors, list(modules)
 
 
@@ -369,7 +271,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{tag}") for tag in ("new", "old"))
     try:
-        if folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - {_CONFIG, _TENSORS})):
+        if folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - {CONFIG, TENSORS})):
             raise UsageError(f"{folder} holds other files, such as {others[0]!r}; name a new folder for the adapter")
         new.mkdir(parents=True)
         yield new
@@ -399,7 +301,7 @@ def _verify(
     back, back_masks = load_peft(folder, sites, torch_paths=torch_paths)
     found = sum(isinstance(adapter, Weight) for adapter in back.values())
     wrong = [] if found == len(head) else [f"{found} leaves of the head instead of {len(head)}"]
-    stored = _read(folder)[1]
+    stored = read_folder(folder)[1]
     wrong += [key for key, value in {**head, **magnitudes}.items() if not np.array_equal(stored[key], value)]
     for path, adapter in loras.items():
         nothing = Lora(adapter.a[..., :0], adapter.b[..., :0, :], 1.0)
@@ -422,125 +324,3 @@ def _distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
     r = len(b)
     size = np.abs(terms[:r, :r]).sum()
     return math.sqrt(abs(terms.sum()) / size) if size else math.sqrt(abs(terms.sum()))
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    missing = [name for name in (_CONFIG, _TENSORS) if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(f"{folder} has no {' and no '.join(missing)}; expected a folder written by PEFT (safetensors)")
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-        tensors = {key: value.astype(np.float32) for key, value in load_file(folder / _TENSORS).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{folder} cannot be read, a file is damaged: {' '.join(str(error).split())}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise UsageError(f"{folder} holds a {kind or 'nameless'} adapter; only peft_type 'LORA' can be imported")
-    reasons = [f"{name}={config[name]!r}" for name in _UNSUPPORTED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r}")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} (it changed the base weights)")
-    if reasons:
-        raise UsageError(f"{folder} is not a plain LoRA ({', '.join(reasons)}); merge it in PEFT and import the model")
-    return config, tensors
-
-
-class _Setting:
-    """The value of a setting at a module: that of the first pattern matching the end of its path, or the global one."""
-
-    def __init__(self, config: Mapping[str, Any], name: str, patterns: str):
-        self.default = config.get(name, 8)
-        own = config.get(patterns) or {}
-        values = [self.default, *(own.values() if isinstance(own, Mapping) else [None])]
-        if not all(isinstance(value, int | float) and value > 0 for value in values):
-            raise UsageError(
-                f"{_CONFIG}: {name} and {patterns} must be positive numbers, got {self.default!r} and {own!r}"
-            )
-        try:
-            self.own = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in own.items()]
-        except re.error as error:
-            raise UsageError(f"{patterns} has a key that is not a regular expression: {error}") from None
-
-    def __call__(self, name: str) -> float:
-        return next((own for pattern, own in self.own if pattern.match(name)), self.default)
-
-
-def _targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Say whether the configuration certainly puts an adapter on a module."""
-    if config.get("layers_to_transform") is not None or _saved_whole(config.get("modules_to_save") or (), name):
-        return False
-    return _selects(config.get("target_modules"), name) and not _selects(config.get("exclude_modules"), name)
-
-
-def _selects(patterns: str | Sequence[str] | None, name: str) -> bool:
-    if isinstance(patterns, str):
-        return patterns != "all-linear" and re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns or ())
-
-
-def _saved_whole(modules: Iterable[str], name: str) -> bool:
-    """Say whether `modules_to_save` holds a module; PEFT compares the ends of names, whatever comes before."""
-    return any(path.endswith(tuple(modules)) for path in _ancestors(name))
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _join(layers: Sequence[tuple | None], site: Site, dropout: float) -> tuple[Lora, Any]:
-    """Make the adapter and the mask of a site from the (a, b, scale, magnitude) of its layers."""
-    if not site.stack:
-        assert layers[0] is not None
-        a, b, scale, magnitude = layers[0]
-        return _lora_or_dora(a, b, scale, dropout, magnitude), jnp.ones(a.shape[1], jnp.float32)
-    r = max(layer[0].shape[1] for layer in layers if layer)
-    a = np.zeros((len(layers), site.d_in, r), np.float32)
-    b = np.zeros((len(layers), r, site.d_out), np.float32)
-    mask = np.zeros((len(layers), r), np.float32)
-    magnitude = np.ones((len(layers), site.d_out), np.float32)
-    for i, layer in enumerate(layers):
-        if layer:
-            own = layer[0].shape[1]
-            a[i, :, :own], b[i, :own], mask[i, :own] = layer[0] * np.float32(layer[2]), layer[1], 1
-            magnitude[i] = 1 if layer[3] is None else layer[3]
-    a, b, mask, magnitude = (x.reshape(*site.stack, *x.shape[1:]) for x in (a, b, mask, magnitude))
-    dora = any(layer and layer[3] is not None for layer in layers)
-    return _lora_or_dora(a, b, 1.0, dropout, magnitude if dora else None), jnp.asarray(mask)
-
-
-def _lora_or_dora(a: Any, b: Any, scale: float, dropout: float, magnitude: Any) -> Lora:
-    if magnitude is None:
-        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout)
-    return Dora(jnp.asarray(a), jnp.asarray(b), scale, dropout, magnitude=jnp.asarray(magnitude))
-
-
-def _heads(
-    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], torch_paths: TorchPaths | None
-) -> tuple[dict[str, Weight], list[str]]:
-    """Return the leaves saved whole, and what is wrong with them."""
-    modules = {name: path for path, name in (torch_paths or {}).items() if isinstance(name, str)}
-    saved = config.get("modules_to_save") or ()
-    heads: dict[str, Weight] = {}
-    problems = []
-    for name, value in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        path = owner.replace(".", "/") if torch_paths is None else modules.get(owner)
-        if leaf not in ("weight", "bias") or not _saved_whole(saved, owner):
-            problems.append(f"unexpected key '{_PREFIX}{name}'")
-        elif path is None:
-            problems.append(f"torch_paths names no module for {owner!r}")
-        elif not re.search(DEFAULT_EXCLUDE, path):
-            problems.append(f"module {owner!r} is saved whole but is no head")
-        else:
-            kernel = leaf == "weight" and value.ndim == 2
-            own = "kernel" if kernel else "scale" if leaf == "weight" else "bias"
-            heads[f"{path}/{own}"] = Weight(jnp.asarray(value.T if kernel else value))
-    for name in modules:
-        if _saved_whole(saved, name) and f"{name}.weight" not in tensors:
-            problems.append(f"{name}.weight is missing, though modules_to_save has it")
-    return heads, problems

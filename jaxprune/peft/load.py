@@ -1,0 +1,202 @@
+"""Read a folder that Hugging Face PEFT or `save_peft` wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.adapters import Dora, Lora, Weight
+from jaxprune.errors import UsageError
+from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, saved_whole, selects, torch_names
+from jaxprune.sites import DEFAULT_EXCLUDE, Site
+
+# Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
+_UNSUPPORTED = (
+    "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def load_peft(
+    folder: str | os.PathLike[str], sites: Sequence[Site], *, torch_paths: TorchPaths | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a LoRA or DoRA folder written by Hugging Face PEFT or by `save_peft`.
+
+    A = lora_A^T, B = lora_B^T and s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, where `rank_pattern` and
+    `alpha_pattern` give a module its own r and alpha: the first of their keys that matches the end of its path wins.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      sites: the sites of the model; those the folder does not adapt get no adapter.
+      torch_paths: as for `save_peft`; it has to name the modules of the head too.
+
+    Raises:
+      UsageError: the folder is neither LoRA nor DoRA (AdaLoRA, ...), cannot be read, or does not fit the sites; one
+        message lists everything that does not.
+
+    Returns:
+      (adapters, masks): {site path: Lora or Dora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
+      stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
+    """
+    folder = Path(folder)
+    config, tensors = read_folder(folder)
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    rest: dict[str, np.ndarray] = {}
+    problems = []
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        factor = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))", name)
+        if name == key:
+            problems.append(f"unexpected key {key!r}, expected it to start with {PREFIX!r}")
+        elif factor:
+            factors.setdefault(factor[1], {})[factor[2] or factor[3]] = value
+        else:
+            rest[name] = value
+
+    adapters: dict[str, Any] = {}
+    masks: dict[str, Any] = {}
+    rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
+    dropout = float(config.get("lora_dropout", 0.0))
+    for site in sites:
+        layers = []
+        for name in torch_names(site.path, site.stack, torch_paths):
+            pair = factors.pop(name, {})
+            if not pair and not _targeted(config, name):
+                layers.append(None)
+                continue
+            r = int(rank(name))
+            expected: dict[str, tuple[int, ...]] = {"A": (r, site.d_in), "B": (site.d_out, r)}
+            if config.get("use_dora"):
+                expected["magnitude_vector"] = (site.d_out,)
+            got = {part: pair[part].shape if part in pair else "missing" for part in {**expected, **pair}}
+            if got != expected:
+                parts = ", ".join(f"lora_{part}" for part in got)
+                problems.append(f"{name}: {parts} are {[*got.values()]}, expected {[*expected.values()]}")
+                layers.append(None)
+                continue
+            scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
+            layers.append((pair["A"].T, pair["B"].T, scale, pair.get("magnitude_vector")))
+        if any(layers):
+            adapters[site.path], masks[site.path] = _join(layers, site, dropout)
+    problems += [f"module {name!r} has an adapter but is not among the sites" for name in factors]
+    heads, wrong = _heads(rest, config, torch_paths)
+    problems += wrong
+    if problems:
+        raise UsageError(f"{folder} does not fit the model, {len(problems)} mismatches: " + "; ".join(problems))
+    return {**adapters, **heads}, masks
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the configuration and the tensors, in float32, of a folder that holds a plain LoRA or DoRA."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} has no {' and no '.join(missing)}; expected a folder written by PEFT (safetensors)")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = {key: value.astype(np.float32) for key, value in load_file(folder / TENSORS).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be read, a file is damaged: {' '.join(str(error).split())}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UsageError(f"{folder} holds a {kind or 'nameless'} adapter; only peft_type 'LORA' can be imported")
+    reasons = [f"{name}={config[name]!r}" for name in _UNSUPPORTED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} (it changed the base weights)")
+    if reasons:
+        raise UsageError(f"{folder} is not a plain LoRA ({', '.join(reasons)}); merge it in PEFT and import the model")
+    return config, tensors
+
+
+class _Setting:
+    """The value of a setting at a module: that of the first pattern matching the end of its path, or the global one."""
+
+    def __init__(self, config: Mapping[str, Any], name: str, patterns: str):
+        self.default = config.get(name, 8)
+        own = config.get(patterns) or {}
+        values = [self.default, *(own.values() if isinstance(own, Mapping) else [None])]
+        if not all(isinstance(value, int | float) and value > 0 for value in values):
+            raise UsageError(
+                f"{CONFIG}: {name} and {patterns} must be positive numbers, got {self.default!r} and {own!r}"
+            )
+        try:
+            self.own = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in own.items()]
+        except re.error as error:
+            raise UsageError(f"{patterns} has a key that is not a regular expression: {error}") from None
+
+    def __call__(self, name: str) -> float:
+        return next((own for pattern, own in self.own if pattern.match(name)), self.default)
+
+
+def _targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Say whether the configuration certainly puts an adapter on a module."""
+    if config.get("layers_to_transform") is not None or saved_whole(config.get("modules_to_save") or (), name):
+        return False
+    return selects(config.get("target_modules"), name) and not selects(config.get("exclude_modules"), name)
+
+
+def _join(layers: Sequence[tuple | None], site: Site, dropout: float) -> tuple[Lora, Any]:
+    """Make the adapter and the mask of a site from the (a, b, scale, magnitude) of its layers."""
+    if not site.stack:
+        assert layers[0] is not None
+        a, b, scale, magnitude = layers[0]
+        return _lora_or_dora(a, b, scale, dropout, magnitude), jnp.ones(a.shape[1], jnp.float32)
+    r = max(layer[0].shape[1] for layer in layers if layer)
+    a = np.zeros((len(layers), site.d_in, r), np.float32)
+    b = np.zeros((len(layers), r, site.d_out), np.float32)
+    mask = np.zeros((len(layers), r), np.float32)
+    magnitude = np.ones((len(layers), site.d_out), np.float32)
+    for i, layer in enumerate(layers):
+        if layer:
+            own = layer[0].shape[1]
+            a[i, :, :own], b[i, :own], mask[i, :own] = layer[0] * np.float32(layer[2]), layer[1], 1
+            magnitude[i] = 1 if layer[3] is None else layer[3]
+    a, b, mask, magnitude = (x.reshape(*site.stack, *x.shape[1:]) for x in (a, b, mask, magnitude))
+    dora = any(layer and layer[3] is not None for layer in layers)
+    return _lora_or_dora(a, b, 1.0, dropout, magnitude if dora else None), jnp.asarray(mask)
+
+
+def _lora_or_dora(a: Any, b: Any, scale: float, dropout: float, magnitude: Any) -> Lora:
+    if magnitude is None:
+        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout)
+    return Dora(jnp.asarray(a), jnp.asarray(b), scale, dropout, magnitude=jnp.asarray(magnitude))
+
+
+def _heads(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], torch_paths: TorchPaths | None
+) -> tuple[dict[str, Weight], list[str]]:
+    """Return the leaves saved whole, and what is wrong with them."""
+    modules = {name: path for path, name in (torch_paths or {}).items() if isinstance(name, str)}
+    saved = config.get("modules_to_save") or ()
+    heads: dict[str, Weight] = {}
+    problems = []
+    for name, value in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        path = owner.replace(".", "/") if torch_paths is None else modules.get(owner)
+        if leaf not in ("weight", "bias") or not saved_whole(saved, owner):
+            problems.append(f"unexpected key '{PREFIX}{name}'")
+        elif path is None:
+            problems.append(f"torch_paths names no module for {owner!r}")
+        elif not re.search(DEFAULT_EXCLUDE, path):
+            problems.append(f"module {owner!r} is saved whole but is no head")
+        else:
+            kernel = leaf == "weight" and value.ndim == 2
+            own = "kernel" if kernel else "scale" if leaf == "weight" else "bias"
+            heads[f"{path}/{own}"] = Weight(jnp.asarray(value.T if kernel else value))
+    for name in modules:
+        if saved_whole(saved, name) and f"{name}.weight" not in tensors:
+            problems.append(f"{name}.weight is missing, though modules_to_save has it")
+    return heads, problems

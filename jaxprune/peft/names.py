@@ -1,0 +1,47 @@
+"""What a PEFT folder calls its files and tensors, and which modules of the PyTorch model its names mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from jaxprune.errors import UsageError, nearest
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+TorchPaths = Mapping[str, str | Sequence[str]]
+
+
+def torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | None) -> list[str]:
+    """Return the PyTorch modules of a site: one, or one a layer where it is stacked."""
+    name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
+    if name is None:
+        raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
+    count = math.prod(stack)
+    names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
+    if len(names) != count or len(set(names)) != count:
+        raise UsageError(
+            f"site {path!r} stands for {count} layers but torch_paths names {len(set(names))} modules for it; "
+            f"give a path for every layer, or a pattern with {{}} for the layer's number"
+        )
+    return names
+
+
+def selects(patterns: str | Sequence[str] | None, name: str) -> bool:
+    """Say whether `target_modules` or `exclude_modules` names a module: by an expression, or by the ends of its path."""
+    if isinstance(patterns, str):
+        return patterns != "all-linear" and re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns or ())
+
+
+def saved_whole(modules: Iterable[str], name: str) -> bool:
+    """Say whether `modules_to_save` holds a module; PEFT compares the ends of names, whatever comes before."""
+    return any(path.endswith(tuple(modules)) for path in ancestors(name))
+
+
+def ancestors(name: str) -> list[str]:
+    """Return the modules a module lies in, outermost first, and itself."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,0 +1,81 @@
+"""Methods side by side: real processes on a tiny task, the table worked out by hand, and what is refused before anything runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments import compare
+from jaxprune import UsageError
+
+
+@pytest.fixture
+def flags(tiny_bert, tiny_rte, tmp_path):
+    where = ["--model", str(tiny_bert), "--data-dir", str(tiny_rte), "--output-dir", str(tmp_path / "out")]
+    return [*where, "--max-steps", "2", "--max-length", "32"]
+
+
+def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
+    methods = ["--tasks", "rte", "--methods", "bitfit", "oplora:--budget 1500"]
+    (bitfit, oplora) = compare.run([*methods, *flags, "--seeds", "1"])
+    assert (bitfit["method"], oplora["method"]) == ("bitfit", "oplora:--budget 1500")
+    assert oplora["params"] <= 1500 and oplora["spread"] is None and (tmp_path / "out" / "compare.png").stat().st_size
+    assert capsys.readouterr().out.count("running ") == 2
+    folder = tmp_path / "out" / "rte-bitfit-1"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 2 and bitfit["score"] == summary["score"]
+
+    # A second seed that is there already, with a score that makes mean and deviation easy.
+    other = {**summary, "score": summary["score"] + 2, "config": {**summary["config"], "seed": 2}}
+    (tmp_path / "out" / "rte-bitfit-2").mkdir()
+    (tmp_path / "out" / "rte-bitfit-2" / "summary.json").write_text(json.dumps(other))
+    (row,) = compare.run(["--tasks", "rte", "--methods", "bitfit", *flags, "--seeds", "1", "2"])
+    assert "running " not in capsys.readouterr().out
+    assert row["runs"] == 2 and row["score"] == summary["score"] + 1
+    np.testing.assert_allclose(row["spread"], 2**0.5)
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert (
+        re.fullmatch(rf"\| rte, accuracy \| bitfit \| {row['score']:.1f} ± 1.4 \| .* \|", table[2]) and len(table) == 3
+    )
+
+    with pytest.raises(UsageError, match="has other settings: --max-steps was 2, is 3; use another --output-dir"):
+        compare.run(["--tasks", "rte", "--methods", "bitfit", *flags, "--seeds", "1", "--max-steps", "3"])
+
+
+def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeypatch):
+    class Done:
+        returncode = 1
+
+    def fake(command, stdout, **kwargs):
+        stdout.write("experiments.glue: stopped: step 1: the loss is not finite\n")
+        return Done
+
+    there = tmp_path / "out" / "rte-bitfit-42"
+    there.mkdir(parents=True)
+    config = compare.parse(compare.GlueConfig, ["--method", "bitfit", "--task", "rte", *flags], "glue").resolve()
+    seconds = {"train": 4.0, "compile": 1.0, "total": 6.0}
+    summary = {"score": 50.0, "best_score": 60.0, "metric": "accuracy", "adapter_params": 7, "steps": 2}
+    (there / "summary.json").write_text(json.dumps({**summary, "seconds": seconds, "config": config.plain()}))
+    monkeypatch.setattr(compare.subprocess, "run", fake)
+    with pytest.raises(UsageError, match="1 of 2 runs are missing in the table: rte with lora.*the loss is not finite"):
+        compare.run(["--tasks", "rte", "--methods", "lora", "bitfit", *flags])
+    (line,) = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
+    assert line == "| rte, accuracy | bitfit | 50.0 | 60.0 | 7 | 2.000 | 1 | 6 |"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("--methods dplra", "invalid choice 'dplra'"),
+        ("--methods lora lora:--rank", "Missing value for argument '--rank'"),
+        ("--methods lora --epochs none", "none is no int"),
+        ("--methods lora --epochs 0", "--epochs 0 is out of range"),
+        ("--methods lora --learning 3", "learning"),
+        ("--seeds one", "Error parsing --seeds"),
+    ],
+)
+def test_wrong_flags_are_found_before_anything_runs(wrong, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        compare.run([*wrong.split(), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
