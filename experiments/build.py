@@ -15,6 +15,7 @@ from jaxprune import methods, schedules
 from jaxprune.adapters.base import leaves_of
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods import Method
+from jaxprune.methods.channelmask import stage_end
 from jaxprune.models import EncoderConfig
 
 
@@ -79,15 +80,21 @@ def warmup_steps(config: GlueConfig, total_steps: int) -> int:
 
 
 def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
-    """Rise linearly from 0 over the warm-up, then fall to 0 linearly or along a cosine."""
-    assert config.learning_rate is not None
+    """Rise linearly from 0 over the warm-up, then fall to the final rate: linearly, along a cosine, or from stage to stage."""
+    peak, final = config.learning_rate, config.final_learning_rate
+    assert peak is not None and final is not None
     warmup = warmup_steps(config, total_steps)
     rest = max(total_steps - warmup, 1)
-    up = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))
-    if config.schedule == "cosine":
-        down = optax.cosine_decay_schedule(config.learning_rate, rest)
+    up = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    if config.schedule == "stages":
+        accepts = inspect.signature(methods.channelmask).parameters
+        share = _extra(config, accepts).get("stage", accepts["stage"].default)
+        # In a join, steps count from its boundary.
+        down = optax.piecewise_constant_schedule(peak, {stage_end(total_steps, share) - warmup: final / peak})
+    elif config.schedule == "cosine":
+        down = optax.cosine_decay_schedule(peak, rest, alpha=final / peak)
     else:
-        down = optax.linear_schedule(config.learning_rate, 0.0, rest)
+        down = optax.linear_schedule(peak, final, rest)
     return optax.join_schedules([up, down], [warmup]) if warmup else down
 
 

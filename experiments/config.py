@@ -20,6 +20,9 @@ DEFAULT_TASK = "grammar"
 # Stands where neither a flag nor a preset decides.
 DEFAULTS: dict[str, Any] = dict(
     learning_rate=1e-3,
+    final_learning_rate=0.0,
+    schedule="linear",
+    batch_size=32,
     epochs=5,
     weight_decay=0.01,
     max_grad_norm=1.0,
@@ -163,16 +166,19 @@ class GlueConfig:
     """stop after so many optimiser steps; the learning-rate schedule ends there too"""
     learning_rate: Number = None
     """peak learning rate of AdamW [0.001]"""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """how the learning rate falls to zero after warm-up"""
+    final_learning_rate: Number = None
+    """learning rate at the end [0]"""
+    schedule: Choice[Literal["linear", "cosine", "stages"]] = None
+    """how the learning rate falls after warm-up; stages: channelmask's first stage has the peak, its second the final
+    one [linear]"""
     warmup: Number = None
     """warm-up: a share of all steps if below 1, else a number of steps [0.06]"""
     weight_decay: Number = None
     """decoupled weight decay [0.01]"""
     max_grad_norm: Number = None
     """clip gradients to this global norm; 0 clips nothing [1.0]"""
-    batch_size: int = 32
-    """examples a step"""
+    batch_size: Whole = None
+    """examples a step [32]"""
     accumulate: int = 1
     """split each batch into so many microbatches to save memory"""
     max_length: Whole = None
@@ -241,9 +247,16 @@ class GlueConfig:
                 raise UsageError(f"--{flag} {getattr(self, name)} is out of range; expected 0 or more and below 1")
         if self.learning_rate is None or not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning-rate {self.learning_rate} is out of range; expected a positive number")
+        if self.final_learning_rate is None or not 0 <= self.final_learning_rate <= (self.learning_rate or 0.0):
+            raise UsageError(
+                f"--final-learning-rate {self.final_learning_rate} is out of range; expected 0 up to --learning-rate "
+                f"{self.learning_rate}"
+            )
+        if self.schedule == "stages" and self.method != "channelmask":
+            raise UsageError(f"--schedule stages is for channelmask, which has stages; --method is {self.method}")
         if self.tensorboard and find_spec("tensorboardX") is None:
             raise UsageError("--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX")
-        if self.batch_size % self.accumulate:
+        if (self.batch_size or 0) % self.accumulate:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts"
             )

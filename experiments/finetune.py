@@ -187,7 +187,7 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
 
 def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
     """Load, tokenise and pack a task; scores see the first 500 training examples."""
-    assert config.max_length is not None
+    assert config.max_length is not None and config.batch_size is not None
     if config.max_length > model.config.max_length:
         raise UsageError(
             f"--max-length {config.max_length} is more than the model's {model.config.max_length} positions; lower it"

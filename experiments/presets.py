@@ -1,7 +1,8 @@
-"""Hyperparameters of the papers, as data: DPLoRA/OPLoRA, tables 9 to 14 (RoBERTa-base on GLUE), and its released code.
+"""Hyperparameters of the papers, as data: DPLoRA/OPLoRA, tables 9 to 14 (RoBERTa-base on GLUE), its released code, and others.
 
 Budgets are printed there with each parameter counted twice; here they are adapter parameters, half the printed number.
-`warmup` is a ratio of all steps where it is below 1 and a number of steps otherwise. Batch size is 32 throughout.
+`warmup` is a ratio of all steps where it is below 1 and a number of steps otherwise. Batch size is 32
+where nothing else stands.
 Table 9 prints the same weight decay, clipping, EMA decay and momentum for CoLA and SST-2, and the same learning rate for
 SST-2 and QNLI; they are kept as printed.
 """
@@ -105,11 +106,12 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 ),
             ),  # fmt: skip
         ),
-        # G2R2, table 10 (DeBERTaV3-base; batches of 8 for mnli and sst2, of 16 elsewhere: --batch-size).
+        # G2R2, table 10 (DeBERTaV3-base).
         "g2r2": _table(
             ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"),
             learning_rate=(1e-4, 1.5e-4, 2e-4, 3e-4, 2e-4, 1.2e-4, 4e-4, 2e-4),
             epochs=(10, 30, 30, 40, 10, 10, 40, 40),
+            batch_size=(8, 8, 16, 16, 16, 16, 16, 16),
             weight_decay=0.01,
             max_length=512,
             set=(("warmup=0.1", "progressive=0.1", "final=0.2"),) * 8,
@@ -117,11 +119,30 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         # SoRA's scripts without its schedule of thresholds.
         "sora": _table(
             learning_rate=8e-4,
+            batch_size=8,
             epochs=20,
             weight_decay=0.1,
             max_grad_norm=0.1,
             warmup=0.06,
             set=(("penalty=10", "threshold=3e-4", "prox=released", "alpha=16"),) * len(TASKS),
+        ),
+        # The intervals and ranks of PrunedLoRA's released code, in whose reviews the learning rate is the largest of a grid;
+        # the paper's table of settings is not public, nor are its epochs.
+        "prunedlora": _table(
+            learning_rate=1e-5,
+            schedule="cosine",
+            warmup=0.05,
+            weight_decay=1e-5,
+            set=(("rank=128", "target=64", "interval=10", "remove=2", "dropout=0.05"),) * len(TASKS),
+        ),
+        # The channel masks of the slides, whose numbers of parameters are those of masks on query and value; how long they
+        # train is not said.
+        "channelmask": _table(
+            learning_rate=5e-5,
+            final_learning_rate=1e-5,
+            schedule="stages",
+            batch_size=8,
+            set=(("channels=paper_like",),) * len(TASKS),
         ),
         "dylora": _table(("cola",), learning_rate=4e-4, epochs=80, weight_decay=0.1, set=(("alpha=16",),)),
     },

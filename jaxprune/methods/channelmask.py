@@ -87,7 +87,7 @@ def channelmask(
             f"temperatures {first}, {last}, lam {lam}, target {target} are out of range; expected above 0, 0 or more, and "
             f"a share of channels above 0 and up to 1"
         )
-    end = _end(total_steps, stage)
+    end = stage_end(total_steps, stage)
 
     def view(adapters, masks, key, step):
         if key is None:
@@ -139,7 +139,7 @@ def uniformmask(
     """
     if not 0 <= ratio < 1:
         raise UsageError(f"ratio {ratio} is out of range; expected a share of channels, 0 or more and below 1")
-    end = _end(total_steps, stage)
+    end = stage_end(total_steps, stage)
 
     def decide(state, adapters, masks, step, context):
         return state, _freeze({path: (x, _largest(x, ratio)) for path, x in _masked(adapters)})
@@ -173,7 +173,8 @@ def density(adapters: Adapters) -> jax.Array:
     return total / sum(weight * logits.size for weight, logits in sites)
 
 
-def _end(total_steps: int, stage: float) -> int:
+def stage_end(total_steps: int, stage: float) -> int:
+    """Return the last step of stage 1."""
     if total_steps < 1 or not 0 < stage <= 1:
         raise UsageError(
             f"total_steps {total_steps}, stage {stage} are out of range; expected 1 or more, and a share above 0 and up to 1"

@@ -32,6 +32,11 @@ FLAGS = {
     "unknown task": (["--task", "mrcp"], r"mrcp.*mrpc"),
     "unknown preset": (["--preset", "papper"], r"papper.*nearest: paper"),
     "preset without the method": (["--preset", "paper", "--method", "lora"], r"no settings for --method lora"),
+    "final rate above the peak": (
+        ["--final-learning-rate", "0.1"],
+        r"final-learning-rate 0.1.*0 up to --learning-rate",
+    ),
+    "stages of a method without": (["--schedule", "stages"], r"stages is for channelmask.*is oplora"),
     "preset without the task": (["--preset", "paper"], r"no settings for --task grammar"),
     "rank zero": (["--method", "lora", "--rank", "0"], r"--rank 0 is out of range"),
     "negative learning rate": (["--learning-rate", "-1"], r"--learning-rate -1.0 is out of range"),

@@ -11,16 +11,19 @@ from typing import get_args, get_type_hints
 import jax
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
-from experiments.build import make_schedule
+from experiments.build import make_method, make_schedule
 from experiments.cli import parse
 from experiments.config import GlueConfig
 from experiments.data import load_task
 from experiments.finetune import predict, run
 from experiments.packing import Batches
+from experiments.presets import PRESETS
 from experiments.tokens import encode
 from jaxprune import attach, find_sites, load_peft
-from jaxprune.models import load_classifier
+from jaxprune.models import EncoderConfig, load_classifier
+from tests.models import tiny
 
 METHODS = get_args(get_type_hints(GlueConfig)["method"])
 PLANNED, UNRANKED = ("oplora", "dplora"), ("full", "bitfit", "vera")
@@ -160,13 +163,36 @@ def test_presets_give_way_to_flags():
     assert GlueConfig(max_grad_norm=0.0).resolve().max_grad_norm == 0.0
 
 
+def test_every_preset_makes_its_method_and_schedule():
+    encoder = EncoderConfig.from_hf(AutoConfig.for_model(**tiny.CONFIGS["roberta"]), 2)
+    for name, methods in PRESETS.items():
+        for method, tasks in methods.items():
+            for task in tasks:
+                config = GlueConfig(preset=name, method=method, task=task).resolve()
+                make_method(config, 60_000, encoder)
+                rates = [float(make_schedule(config, 60_000)(step)) for step in (10_000, 50_000)]
+                assert rates[0] > rates[1] > 0.999 * config.final_learning_rate
+    assert GlueConfig(preset="paper", method="g2r2", task="sst2").resolve().batch_size == 8
+
+
+@pytest.mark.parametrize("final", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_learning_rate_schedules(kind):
-    schedule = make_schedule(GlueConfig(learning_rate=2.0, warmup=0.1, schedule=kind), 100)
-    half = 1.0 if kind == "linear" else 1 + np.cos(np.pi * 45 / 90)
-    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 55, 100)], [0, 1, 2, half, 0], atol=1e-6)
-    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=0), 10)(0) == 2.0
-    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=4), 10)(2) == 1.0
+def test_learning_rate_schedules(kind, final):
+    schedule = make_schedule(
+        GlueConfig(learning_rate=2.0, final_learning_rate=final, warmup=0.1, schedule=kind).resolve(), 100
+    )
+    half = final + (2 - final) / 2 * (1.0 if kind == "linear" else 1 + np.cos(np.pi * 45 / 90))
+    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 55, 100)], [0, 1, 2, half, final], atol=1e-6)
+    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=0).resolve(), 10)(0) == 2.0
+    assert make_schedule(GlueConfig(learning_rate=2.0, warmup=4).resolve(), 10)(2) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_each_stage_has_its_rate(warmup):
+    """Stage 1 ends with the event after step 30 of 100, so the step of count 30, the 31st, is stage 2's first."""
+    rates = dict(learning_rate=2.0, final_learning_rate=0.5, warmup=warmup, schedule="stages")
+    schedule = make_schedule(GlueConfig(method="channelmask", set=("stage=0.3",), **rates).resolve(), 100)
+    assert [float(schedule(i)) for i in (warmup, 29, 30, 99)] == [2.0, 2.0, 0.5, 0.5]
 
 
 def test_the_command_says_one_line_and_two(tmp_path):

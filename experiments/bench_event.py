@@ -1,0 +1,82 @@
+"""Time DPLoRA's pruning events, scores, program and surgery: `python -m experiments.bench event`.
+
+The sites of RoBERTa-base (72) and of Llama 3 8B (224) with adapters, gradients and moments of random numbers, no model: what
+is timed is what an event adds to training. The scores of the steps are summed within the training step (`observe`); an event
+blends them, solves the program, chooses components by their norms, and masks values and both moments of Adam.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from experiments.bench_allocate import llama_3_8b, roberta_base
+from experiments.cli import parse
+
+SHAPES = {"roberta-base": roberta_base, "llama-3-8b": llama_3_8b}
+
+
+@dataclass(frozen=True)
+class EventConfig:
+    """Time DPLoRA's pruning events."""
+
+    shapes: tuple[Literal["roberta-base", "llama-3-8b"], ...] = ("roberta-base", "llama-3-8b")
+    """whose sites"""
+    rank: int = 16
+    """components at every site at the start"""
+    events: int = 10
+    """events of a run; the first compiles, the others are timed"""
+    ratio: float = 0.6
+    """share of the adapter parameters to prune"""
+    solver: str = "auto"
+    """auto, CBC, GLPK_MI, HIGHS or DP"""
+
+
+def main(arguments: list[str]) -> None:
+    """Time the events and print seconds."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import jaxprune as jp
+
+    config = parse(EventConfig, arguments, "experiments.bench event")
+    for shape in config.shapes:
+        sites = SHAPES[shape]()
+        method = jp.dplora(
+            total_steps=config.events + 1, events=config.events, recovery_steps=0, target=config.ratio,
+            ranks=range(config.rank + 1), solver=config.solver,
+        )  # fmt: skip
+        adapters, masks = jp.init_lora(jax.random.key(0), sites, {site.path: config.rank for site in sites})
+        optimizer = optax.adamw(1e-4)
+        state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, method, sites)
+        size = np.random.default_rng(0).lognormal(0, 1, len(sites))
+        grads = {
+            path: jax.tree.map(lambda leaf, s=s: jnp.float32(s) * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), x)
+            for (path, x), s in zip(state.adapters.items(), size, strict=True)
+        }
+        observe = jax.jit(method.observe)
+        whole, solving = [], []
+        for number in range(1, config.events + 1):
+            own = observe(state.method_state, state.adapters, state.masks, grads, jnp.int32(number), None)
+            state = jax.block_until_ready(state._replace(step=jnp.int32(number), method_state=own))
+            start = time.perf_counter()
+            state, decision = jp.prune(state, method, optimizer)
+            jax.block_until_ready((state.adapters, state.opt_state, state.masks))
+            if decision is None:
+                continue
+            whole.append(time.perf_counter() - start)
+            solving.append(decision.report["solve_seconds"])
+        left = jp.count(state.adapters, state.masks) / jp.count(adapters, masks)
+        start = time.perf_counter()
+        state = jp.compacted(state, method, optimizer)
+        jax.block_until_ready((state.adapters, state.opt_state))
+        print(
+            f"{shape}, {len(sites)} sites of rank {config.rank}, {len(whole)} events to {left:.0%} of the parameters: an event "
+            f"takes {np.median(whole[1:]):.3f} s (median; longest {max(whole[1:]):.3f}), {np.median(solving[1:]):.3f} s of "
+            f"it the program; the first, with compilation, {whole[0]:.2f} s; compacting afterwards "
+            f"{time.perf_counter() - start:.2f} s"
+        )
