@@ -3,9 +3,6 @@
 One transformer layer with the seven kernels of Llama 3 8B, adapters and gradients of random numbers, no model: what is timed
 is what an event adds to training. `observe` is what the method does within each training step, `decide` the event itself
 (inverses, scores, the adjustment of the survivors), `apply` masking values and both moments of Adam.
-
-On a CPU that other work shares, LAPACK's threads can wait for each other: on two busy cores `decide` took 0.1 s with
-OPENBLAS_NUM_THREADS=1 in the environment, and up to 5 s without.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ XLA takes a step's temporary memory from malloc and frees it at the end. glibc g
 kernel, so that every step touches over a gigabyte of fresh pages, 4 KiB at a time. Told to keep what is freed, and to
 ask for pages of 2 MiB, a step at RoBERTa-base size took 2.35 instead of 3.1 s on two cores, and one at MiniLM size 0.36
 instead of 0.46 s (`python -m experiments.bench step`; with GLIBC_TUNABLES set to anything, nothing is changed).
+
+LAPACK gets one thread unless OPENBLAS_NUM_THREADS says otherwise: what is inverted here is small, and on cores that other
+work shares its threads wait for each other (`python -m experiments.bench prunedlora`: 0.1 s against up to 5 s an event).
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ _TUNABLES = (
 
 
 def keep_memory() -> None:
-    """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another.
+    """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another; LAPACK gets
+    one thread.
 
     Glibc reads its tunables only when a process starts, hence the second start, which takes 20 ms.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux"):
         return
     try:

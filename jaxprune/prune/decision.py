@@ -13,7 +13,8 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError
-from jaxprune.prune.components import Place, along, host, like, map_adapters, map_moments, rebuild
+from jaxprune.prune.components import Place, host, like, map_adapters, map_moments, rebuild
+from jaxprune.prune.mask import zero_components
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -40,7 +41,7 @@ def apply(
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Carry a decision out: mask what dies, and zero its values and moments.
 
-    Everything stays in its shape, so nothing is compiled again; runs on the host, where it takes milliseconds.
+    Everything stays in its shape and, but for the masks, where it is, so no training step is compiled again.
 
     Args:
       decision: from a method's `decide`.
@@ -72,8 +73,7 @@ def apply(
     def zero(leaf: Any, place: Place) -> Any:
         if place.axis is None or place.path not in changed:
             return leaf
-        value = np.asarray(leaf)
-        return like(np.where(along(after[place.path], value, place.axis) > 0, value, 0), leaf)
+        return zero_components(leaf, new_masks[place.path], place.axis)
 
     new_masks = {path: like(after[path], mask) if path in changed else mask for path, mask in masks.items()}
     # What was computed with Python numbers is weakly typed, for which the next step would be compiled again.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,9 +29,16 @@ def zero_dead(tree: Adapters, masks: Masks) -> dict[str, Any]:
         mask = masks.get(place.path)
         if place.axis is None or mask is None:
             return leaf
-        return jnp.where(along(mask, leaf, place.axis) > 0, leaf, jnp.zeros((), leaf.dtype))
+        return zero_components(leaf, mask, place.axis)
 
     return map_adapters(one, tree)
+
+
+# Jitted a leaf at a time: a model has few shapes of leaves, so an event compiles few programs, and nothing leaves the device.
+@functools.partial(jax.jit, static_argnames="axis")
+def zero_components(leaf: Any, mask: Any, axis: int) -> jax.Array:
+    """Set the dead components along one axis of a leaf to zero."""
+    return jnp.where(along(mask, leaf, axis) > 0, leaf, jnp.zeros((), leaf.dtype))
 
 
 def live(masks: Masks) -> dict[str, int]:
