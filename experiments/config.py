@@ -266,10 +266,13 @@ class GlueConfig:
         return json.loads(json.dumps(vars(self), default=str))
 
     def differences(self, other: Mapping[str, Any]) -> str:
-        """Name the settings in which a run with the plain settings `other` is another run; nothing where it is this one."""
-        own = self.plain()
-        differ = [name for name in own if name not in FREE and own[name] != other.get(name)]
-        return "; ".join(f"--{name.replace('_', '-')} was {other.get(name)!r}, is {own[name]!r}" for name in differ)
+        """Name the settings in which a run with the plain settings `other` is another run; nothing where it is this one.
+
+        A setting that a run of an earlier version did not have had its default.
+        """
+        own, there = self.plain(), {**replace(GlueConfig(), **DEFAULTS).plain(), **other}
+        differ = [name for name in own if name not in FREE and own[name] != there[name]]
+        return "; ".join(f"--{name.replace('_', '-')} was {there[name]!r}, is {own[name]!r}" for name in differ)
 
     def idle(self) -> list[str]:
         """Name the flags that were given and that the method does not use."""
