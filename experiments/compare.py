@@ -112,6 +112,10 @@ def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, An
     }  # fmt: skip
 
 
+def _named(method: str) -> str:
+    return method.replace(":--", ", ").replace(" --", ", ")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay the rows out in Markdown: score of the last epoch (mean, and standard deviation over seeds), parameters, seconds."""
     head = ("task", "method", "score", "best epoch", "adapter parameters", "s a step", "compiling, s", "in all, s")
@@ -119,7 +123,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
         lines.append((
-            f"{row['task']}, {row['metric']}", row["method"].replace(":--", ", ").replace(" --", ", "),
+            f"{row['task']}, {row['metric']}", _named(row["method"]),
             f"{row['score']:.1f}{spread}", f"{row['best']:.1f}", f"{row['params']:,.0f}", f"{row['step']:.3f}",
             f"{row['compile']:.0f}", f"{row['total']:.0f}",
         ))  # fmt: skip
@@ -129,23 +133,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw score against adapter parameters, one panel a task, with error bars where there are several seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(6.2 * len(tasks), 4.6), dpi=150, layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        here = sorted((row for row in rows if row["task"] == task), key=lambda row: row["params"])
-        for number, row in enumerate(here):
+        here = [row for row in rows if row["task"] == task]
+        for row in here:
+            number = methods.index(row["method"])  # a method looks the same in every panel
             marker = "osD^v<>Pp*hX"[number % 12]
             axes.errorbar(
                 row["params"], row["score"], yerr=row["spread"], marker=marker, linestyle="none", capsize=2,
-                color=f"C{number % 10}", label=row["method"],
+                color=f"C{number % 10}", label=_named(row["method"]),
             )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("adapter parameters")
         axes.set_ylabel(here[0]["metric"])
         axes.set_title(task)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    known = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(known.values()), list(known), fontsize=7.5, loc="outside right center", frameon=False)
     write_figure(path, figure)
 
 
