@@ -113,6 +113,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
         params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
         state = checkpoints.restore(optimizer, method, sites)
         rewind(folder / "metrics.jsonl", int(state.step))
+        clock.add(kept["seconds"])
         print(f"resumed    after step {int(state.step)} of {total_steps}, from {checkpoints.folder}")
     head_params = trained(state.adapters, state.masks, head=True)
     print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")

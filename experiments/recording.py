@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,9 @@ class Clock:
     def __init__(self) -> None:
         self.seconds = {name: 0.0 for name in ("train", "compile", "allocate", "eval", "prune", "save")}
         self.cached = 0.0  # what compilations found in the cache would have taken
-        self._start = time.perf_counter()
+        self._open: list[str] = []  # names being timed, the innermost last
+        self._start = self._mark = time.perf_counter()
+        self._compiled = 0.0  # seconds of compiling at the last mark
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
@@ -50,21 +52,38 @@ class Clock:
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
         """Count the time of a block under `name`, less what is counted under other names inside it."""
-        start, inside = time.perf_counter(), self.elsewhere(name)
-        yield
-        self.seconds[name] += time.perf_counter() - start - (self.elsewhere(name) - inside)
+        self._count()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._open.pop()
 
-    def elsewhere(self, name: str) -> float:
-        """Return the seconds counted under all other names."""
-        return sum(seconds for other, seconds in self.seconds.items() if other != name)
+    def _count(self) -> None:
+        """Count the time since the last mark, less compiling, under the innermost name."""
+        now, compiled = time.perf_counter(), self.seconds["compile"]
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._mark - (compiled - self._compiled)
+        self._mark, self._compiled = now, compiled
 
     def training(self) -> float:
         """Return the seconds since the start that are not counted under another name than training."""
-        return time.perf_counter() - self._start - self.elsewhere("train")
+        total = self.total()
+        return total["total"] - sum(total[name] for name in self.seconds if name != "train")
 
     def total(self) -> dict[str, float]:
         """Return all seconds so far, the total first."""
-        return {"total": time.perf_counter() - self._start, **self.seconds}
+        self._count()
+        return {"total": self._mark - self._start, **self.seconds}
+
+    def add(self, before: Mapping[str, float]) -> None:
+        """Count what a run took before it was resumed, as `total` said then."""
+        self._count()
+        for name in self.seconds:
+            self.seconds[name] += before[name]
+        self._compiled += before["compile"]
+        self._start -= before["total"]
 
 
 class Recorder:
@@ -126,7 +145,7 @@ class Recorder:
 
     def kept(self) -> dict[str, Any]:
         """Return what a resumed run must know."""
-        return {"last": self.last, "best": self.best}
+        return {"last": self.last, "best": self.best, "seconds": self._clock.total()}
 
     def close(self) -> None:
         """Finish the TensorBoard file, whose writer keeps the last events back."""

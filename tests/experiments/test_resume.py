@@ -78,6 +78,11 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_bert, 
         run(config(tiny_bert, tiny_rte, folder, resume=True, rank=3, learning_rate=0.5))
     again = run(config(tiny_bert, tiny_rte, folder, resume=True))
     assert again["score"] == first["score"] and again["steps"] == first["steps"]
+    # The seconds go on where they were, those of training too, though nothing was left to train.
+    assert again["seconds"]["total"] > first["seconds"]["train"] + first["seconds"]["compile"]
+    assert again["seconds"]["train"] > 0.9 * first["seconds"]["train"]
+    times = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times)
 
 
 def test_nothing_to_resume_is_said(tiny_bert, tiny_rte, tmp_path, capsys):
