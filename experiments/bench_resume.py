@@ -40,7 +40,7 @@ class ResumeConfig:
     kills: int = 50
     """how many times the run is killed"""
     arguments: str = "--method dplora --max-train-samples 480 --epochs 4 --events 6 --prune-ratio 0.8"
-    """flags of experiments.glue"""
+    """flags of experiments.glue, given as --arguments="..." because they begin with dashes"""
     save_steps: int = 3
     """steps between checkpoints"""
     seed: int = 0
