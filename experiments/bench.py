@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from experiments.memory import keep_memory
+from experiments.memory import set_up_process
 from jaxprune.errors import UsageError, nearest
 
 
@@ -28,5 +28,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    set_up_process()
     sys.exit(main())

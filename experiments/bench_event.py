@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.bench_allocate import llama_3_8b, roberta_base
 from experiments.cli import parse
+from jaxprune.errors import UsageError
 
 SHAPES = {"roberta-base": roberta_base, "llama-3-8b": llama_3_8b}
 
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> None:
     import jaxprune as jp
 
     config = parse(EventConfig, arguments, "experiments.bench event")
+    if config.events < 2:
+        raise UsageError(f"--events {config.events} is out of range; expected 2 or more, of which the first compiles")
     for shape in config.shapes:
         sites = SHAPES[shape]()
         method = jp.dplora(

@@ -18,15 +18,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.cli import parse
+from experiments.cli import parse, parse_known
 from jaxprune.errors import UsageError
 
+DEFAULT = "--method dplora --max-train-samples 480 --epochs 4 --events 6 --prune-ratio 0.8"
 PLACES: tuple[str, ...] = ("moment", "step", "event", "after event", "save")
 # What only the clock decides.
 _TIMED = ("seconds", "solve_seconds", "compact_seconds", "compile_seconds", "compile_estimate", "step_seconds_before",
@@ -35,12 +37,10 @@ _TIMED = ("seconds", "solve_seconds", "compact_seconds", "compile_seconds", "com
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """Kill and resume a training run, and compare it with an undisturbed one."""
+    """Kill and resume a training run, and compare it with an undisturbed one; every other flag goes to experiments.glue."""
 
     kills: int = 50
     """how many times the run is killed"""
-    arguments: str = "--method dplora --max-train-samples 480 --epochs 4 --events 6 --prune-ratio 0.8"
-    """flags of experiments.glue, given as --arguments="..." because they begin with dashes"""
     save_steps: int = 3
     """steps between checkpoints"""
     seed: int = 0
@@ -49,10 +49,10 @@ class ResumeConfig:
 
 def main(arguments: list[str]) -> None:
     """Kill, resume, compare, and print how often the run died where; raise where anything differs."""
-    config = parse(ResumeConfig, arguments, "experiments.bench resume")
+    config, flags = parse_known(ResumeConfig, arguments, "experiments.bench resume")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        report = kill_and_resume(config, Path(folder))
+        report = kill_and_resume(config, flags or DEFAULT.split(), Path(folder))
         died = ", ".join(f"{count} at {place}" for place, count in report["died"].items() if count)
         print(
             f"{sum(report['died'].values())} kills ({died}) in {report['runs']} runs: every run ended with the same "
@@ -61,12 +61,12 @@ def main(arguments: list[str]) -> None:
         )
 
 
-def kill_and_resume(config: ResumeConfig, folder: Path) -> dict[str, Any]:
+def kill_and_resume(config: ResumeConfig, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run once undisturbed, then kill and resume further runs until `config.kills` kills are done, comparing each."""
     rng = random.Random(config.seed)
     straight = folder / "straight"
     begun = time.perf_counter()
-    _life(config, straight, "never", 0)
+    _life(config, flags, straight, "never", 0)
     lifetime = time.perf_counter() - begun
     expected = outcome(straight)
     died = dict.fromkeys(PLACES, 0)
@@ -79,7 +79,7 @@ def kill_and_resume(config: ResumeConfig, folder: Path) -> dict[str, Any]:
             count = rng.randint(1, 4) if place in ("event", "after event", "save") else rng.randint(1, 12)
             if place == "moment":
                 count = int(1000 * lifetime * rng.random())
-            if _life(config, killed, place, count):
+            if _life(config, flags, killed, place, count):
                 died[place] += 1
             whole_checkpoints(killed / "checkpoints")
         found = outcome(killed)
@@ -90,13 +90,13 @@ def kill_and_resume(config: ResumeConfig, folder: Path) -> dict[str, Any]:
     return {"died": died, "runs": runs, "leaves": len(expected["arrays"]), "lines": len(expected["metrics"])}
 
 
-def _life(config: ResumeConfig, folder: Path, place: str, count: int) -> bool:
+def _life(config: ResumeConfig, flags: Sequence[str], folder: Path, place: str, count: int) -> bool:
     """Run until the end or the kill; return whether it was killed."""
-    flags = [*config.arguments.split(), "--compact", "always", "--save-steps", str(config.save_steps), "--output-dir",
+    whole = [*flags, "--compact", "always", "--save-steps", str(config.save_steps), "--output-dir",
              str(folder), "--resume"]  # fmt: skip
     code = "import sys; from experiments.bench_resume import live; live(sys.argv[1], int(sys.argv[2]), sys.argv[3:])"
     process = subprocess.run(
-        [sys.executable, "-c", code, place, str(count), *flags], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, place, str(count), *whole], capture_output=True, text=True, check=False
     )
     if process.returncode not in (0, -signal.SIGKILL):
         raise UsageError(f"a run ended with status {process.returncode}: {process.stderr.strip()[-800:]}")

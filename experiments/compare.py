@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -24,10 +24,7 @@ from jaxprune.errors import UsageError
 from jaxprune.report.files import write_figure, write_whole
 
 PROGRAM = "experiments.compare"
-METHODS = (
-    "full", "bitfit", "houlsby", "pfeiffer", "lora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora",
-    "dylora", "loradrop", "oplora", "dplora", "g2r2", "prunedlora", "channelmask",
-)  # fmt: skip
+METHODS: tuple[str, ...] = get_args(get_type_hints(GlueConfig)["method"])
 
 
 class RunError(UsageError):
@@ -48,20 +45,31 @@ class CompareConfig:
     """where runs, table and picture go"""
 
 
+class Run(NamedTuple):
+    """One run of the comparison: its flags, and where it goes."""
+
+    task: str
+    method: str
+    seed: int
+    flags: list[str]
+    folder: Path
+
+
 def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Run what is missing, then write table.md and compare.png; return a row for each method and task."""
     config, flags = parse_known(CompareConfig, arguments, PROGRAM)
-    wanted = [(task, method, seed) for task in config.tasks for seed in config.seeds for method in config.methods]
-    for one in wanted:
-        # A wrong setting of the last method would otherwise be found after hours.
-        parse(GlueConfig, _flags(*one, flags), PROGRAM).resolve()
+    # A wrong setting of the last method, or a run of other settings, would otherwise be found after hours.
+    wanted = [
+        _checked(config.output_dir, task, method, seed, flags)
+        for task in config.tasks for seed in config.seeds for method in config.methods
+    ]  # fmt: skip
     summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
     failures = []
-    for task, method, seed in wanted:
+    for one in wanted:
         try:
-            summaries.setdefault((task, method), []).append(_summary(config.output_dir, task, method, seed, flags))
+            summaries.setdefault((one.task, one.method), []).append(_summary(one))
         except RunError as error:
-            failures.append(f"{task} with {method} and seed {seed}: {error}")
+            failures.append(f"{one.task} with {one.method} and seed {one.seed}: {error}")
     rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
     if not rows:
         raise RunError("; ".join(failures))
@@ -75,28 +83,35 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _flags(task: str, method: str, seed: int, flags: Sequence[str]) -> list[str]:
+def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[str]) -> Run:
     name, _, own = method.partition(":")
-    return ["--method", name, "--task", task, "--seed", str(seed), *flags, *own.split()]
+    folder = parent / "-".join([task, name, *own.replace("--", "").split(), str(seed)]).replace("/", "_")
+    all_ = ["--method", name, "--task", task, "--seed", str(seed), *flags, *own.split()]
+    config = parse(GlueConfig, all_, PROGRAM).resolve()
+    if (config.method, config.task, config.seed) != (name, task, seed):
+        raise UsageError(
+            "--method, --task and --seed of single runs are not for here; give --methods, --tasks and --seeds"
+        )
+    if (folder / "summary.json").exists():
+        if changes := config.differences(json.loads((folder / "summary.json").read_text())["config"]):
+            raise UsageError(
+                f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir"
+            )
+    return Run(task, method, seed, all_, folder)
 
 
-def _summary(folder: Path, task: str, method: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
+def _summary(run: Run) -> dict[str, Any]:
     """Return what a run left behind, after running it where it has not ended."""
-    folder /= "-".join([task, *method.replace(":", " ").replace("--", "").split(), str(seed)]).replace("/", "_")
-    own = _flags(task, method, seed, flags)
-    if not (folder / "summary.json").exists():
-        glue = ["-m", "experiments.glue", *own, "--resume", "--output-dir", str(folder)]
+    if not (run.folder / "summary.json").exists():
+        glue = ["-m", "experiments.glue", *run.flags, "--resume", "--output-dir", str(run.folder)]
         print(f"running    python {shlex.join(glue)}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "a") as log:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(run.folder / "log.txt", "a") as log:
             status = subprocess.run([sys.executable, *glue], stdout=log, stderr=log, check=False).returncode
         if status:
-            last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+            last = (run.folder / "log.txt").read_text().strip().splitlines()[-1:]
             raise RunError(f"status {status}, {' '.join(last)}")
-    summary = json.loads((folder / "summary.json").read_text())
-    if changes := parse(GlueConfig, own, PROGRAM).resolve().differences(summary["config"]):
-        raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
-    return summary
+    return json.loads((run.folder / "summary.json").read_text())
 
 
 def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ task; two CPU cores need under three minutes.
 
 import os
 
-from experiments.memory import keep_memory
+from experiments.memory import set_up_process
 
 if __name__ == "__main__":
-    keep_memory()
+    set_up_process()
     # transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

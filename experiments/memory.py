@@ -20,7 +20,7 @@ _TUNABLES = (
 )
 
 
-def keep_memory() -> None:
+def set_up_process() -> None:
     """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another; LAPACK gets
     one thread.
 

@@ -1,10 +1,9 @@
 """Hyperparameters of the papers, as data: DPLoRA/OPLoRA, tables 9 to 14 (RoBERTa-base on GLUE), its released code, and others.
 
 Budgets are printed there with each parameter counted twice; here they are adapter parameters, half the printed number.
-`warmup` is a ratio of all steps where it is below 1 and a number of steps otherwise. Batch size is 32
-where nothing else stands.
-Table 9 prints the same weight decay, clipping, EMA decay and momentum for CoLA and SST-2, and the same learning rate for
-SST-2 and QNLI; they are kept as printed.
+`warmup` is a ratio of all steps where it is below 1 and a number of steps otherwise. Batch size is 32 where
+nothing else stands. Table 9 prints the same weight decay, clipping, EMA decay and momentum for CoLA and SST-2, and the same
+learning rate for SST-2 and QNLI; they are kept as printed.
 """
 
 from __future__ import annotations

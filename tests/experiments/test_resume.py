@@ -33,7 +33,7 @@ def test_killed_runs_end_like_the_undisturbed_one(tiny_bert, tiny_rte, tmp_path,
     monkeypatch.setattr(bench_resume.random.Random, "choice", lambda self, _: next(places))
     monkeypatch.setattr(bench_resume.random.Random, "randint", lambda self, low, high: 1)
     monkeypatch.chdir(ROOT)
-    report = kill_and_resume(ResumeConfig(3, flags(tiny_bert, tiny_rte), save_steps=2), tmp_path)
+    report = kill_and_resume(ResumeConfig(3, save_steps=2), flags(tiny_bert, tiny_rte).split(), tmp_path)
     assert report["died"] == {"moment": 0, "step": 0, "event": 1, "after event": 1, "save": 1}
     assert report["leaves"] > 20 and report["lines"] >= 18
 
