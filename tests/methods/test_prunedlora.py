@@ -285,7 +285,7 @@ def test_the_papers_schedule_lengths():
 def test_the_benchmark_prints_what_it_measured(capsys):
     from experiments import bench
 
-    assert bench.main(["prunedlora", "--rank", "8", "--events", "1"]) == 0
+    bench.run(["prunedlora", "--rank", "8", "--events", "1"])
     lines = capsys.readouterr().out.splitlines()
     # 8 components of 81,920 values in four trees (values, gradients, two moments) of four bytes.
     assert "take 10 MiB" in lines[0]
