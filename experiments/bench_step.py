@@ -1,9 +1,8 @@
-"""Time one LoRA training step beside Hugging Face PEFT on PyTorch: `python -m experiments.bench step`.
+"""Time training steps of methods in turn, and beside Hugging Face PEFT on PyTorch: `python -m experiments.bench step`.
 
-Both train the same architecture with random weights, LoRA on all six kinds of linear layers and the head, float32, AdamW,
-no dropout, the same batch of full rows. They run in turn in one session, one step each, so that a machine whose speed drifts
-slows both. The peer runs in its own interpreter (`--peer-python`, with torch and peft installed); without it only ours
-is timed.
+All train the same architecture with random weights, float32, AdamW, no dropout, on the same batch of full rows, and the head.
+They run in turn in one session, one step each, so that a machine whose speed drifts slows all. The peer trains LoRA on all
+six kinds of linear layers in its own interpreter (`--peer-python`, with torch and peft installed).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.cli import parse
+from experiments.config import DEFAULTS, GlueConfig
 from jaxprune.errors import UsageError
 
 # vocabulary, width, layers, heads, MLP width
@@ -26,7 +27,7 @@ SIZES = {"roberta-base": (50265, 768, 12, 12, 3072), "minilm": (30522, 384, 6, 1
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Time a LoRA training step, in turn with PEFT on PyTorch."""
+    """Time training steps of methods in turn, and PEFT's on PyTorch."""
 
     size: Literal["roberta-base", "minilm"] = "roberta-base"
     """architecture"""
@@ -34,47 +35,56 @@ class StepConfig:
     """rows a step"""
     length: int = 64
     """tokens a row"""
-    rank: int = 16
-    """components at every site"""
+    methods: tuple[str, ...] = ("lora",)
+    """what to time; ratios are to the first"""
+    rank: int | None = None
+    """components at every site [each method's own of experiments.glue; lora: 8]"""
     steps: int = 10
-    """timed steps of each side, after two that are not counted"""
+    """timed steps of each, after two that are not counted"""
     peer_python: str | None = None
     """interpreter that has torch, transformers and peft"""
 
 
 def main(arguments: list[str]) -> None:
-    """Time the steps and print seconds, tokens a second and the ratio of medians."""
+    """Time the steps and print seconds, tokens a second and ratios of medians."""
     config = parse(StepConfig, arguments, "experiments.bench step")
+    if min(config.batch, config.length, config.steps) < 1 or not config.methods:
+        raise UsageError("--batch, --length and --steps must be 1 or more, and --methods name one at least")
+    settings = [
+        parse(
+            GlueConfig, ["--method", name, *([] if config.rank is None else ["--rank", str(config.rank)])], "bench"
+        ).resolve()
+        for name in config.methods
+    ]
     peer = Peer(config) if config.peer_python else None
-    ours = our_step(config)
-    seconds: dict[str, list[float]] = {"jaxprune": [], "peft": []}
+    world = setting(config.size, config.batch, config.length)
+    sides = {each.method: our_step(world, each) for each in settings}
+    if peer:
+        sides["PEFT"] = peer.step
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(config.steps + 2):
-        start = time.perf_counter()
-        ours()
-        taken = time.perf_counter() - start
-        theirs = peer.step() if peer else None
-        if number >= 2:
-            seconds["jaxprune"].append(taken)
-            if theirs is not None:
-                seconds["peft"].append(theirs)
+        for name, step in sides.items():
+            taken = step()
+            if number >= 2:
+                seconds[name].append(taken)
     tokens = config.batch * config.length
-    print(
-        f"{config.size}, {config.batch} x {config.length} tokens, rank {config.rank}, float32, {config.steps} steps each"
-    )
+    ranks = "the methods' own ranks" if config.rank is None else f"rank {config.rank}"
+    print(f"{config.size}, {config.batch} x {config.length} tokens, {ranks}, float32, {config.steps} steps each")
+    print(f"{'':11s} median, s      min      max   tokens/s  ratio to {config.methods[0]}")
+    first = np.median(seconds[config.methods[0]])
     for name, values in seconds.items():
-        if values:
-            median = float(np.median(values))
-            print(
-                f"{name:9s} median {median:.3f} s  min {min(values):.3f}  max {max(values):.3f}  {tokens / median:,.0f} tokens/s"
-            )
+        median = np.median(values)
+        print(
+            f"{name:11s} {median:9.3f} {min(values):8.3f} {max(values):8.3f} {tokens / median:10,.0f} {median / first:9.2f}"
+        )
     if peer:
         peer.close()
-        print(f"ratio of medians, peft / jaxprune: {np.median(seconds['peft']) / np.median(seconds['jaxprune']):.2f}")
 
 
 class Setting(NamedTuple):
     """An encoder with random weights and one batch of full rows."""
 
+    encoder: Any
     params: Any
     sites: Any
     forward: Any
@@ -116,26 +126,33 @@ def setting(size: str, batch: int, length: int) -> Setting:
         "ids": rng.integers(5, vocab, (batch, length), np.int32),
         "labels": rng.integers(0, 2, batch, np.int32),
     }
-    return Setting(params, jp.find_sites(params), jp.attach(model), loss_fn, data)
+    return Setting(encoder, params, jp.find_sites(params), jp.attach(model), loss_fn, data)
 
 
-def our_step(config: StepConfig) -> Any:
-    """Return a function that runs one whole training step and waits for it."""
+def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
+    """Return a function that runs one whole training step, waits for it and returns its seconds."""
     import jax
     import optax
 
     import jaxprune as jp
+    from experiments.build import make_method
 
-    params, sites, forward, loss_fn, batch = setting(config.size, config.batch, config.length)
-    adapters, masks = jp.init_lora(jax.random.key(0), sites, jp.uniform_plan(sites, config.rank).ranks)
-    optimizer = optax.adamw(1e-3)
-    step = jp.make_step(forward, loss_fn, optimizer)
-    state = jp.init_state(jax.random.key(1), {**adapters, **jp.init_weights(params, "^head/")}, masks, optimizer)
+    # Of so long a run only the beginning is seen: nothing is pruned yet.
+    method, optimizer = make_method(config, 10_000, world.encoder), optax.adamw(1e-3)
+    start = method.start(
+        jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
+    )
+    params = world.params if start.params is None else start.params
+    adapters = {**jp.init_weights(params, "^head/"), **start.adapters}
+    step = jp.make_step(world.forward, world.loss_fn, optimizer, method)
+    state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method, world.sites)
 
-    def run() -> None:
+    def run() -> float:
         nonlocal state
-        state, metrics = step(params, state, batch)
+        begin = time.perf_counter()
+        state, metrics = step(params, state, world.batch)
         jax.block_until_ready((state.adapters, metrics))
+        return time.perf_counter() - begin
 
     return run
 
@@ -147,7 +164,7 @@ class Peer:
         vocab, width, layers, heads, mlp = SIZES[config.size]
         settings = dict(
             family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=mlp, batch=config.batch, length=config.length, rank=config.rank,
+            intermediate_size=mlp, batch=config.batch, length=config.length, rank=DEFAULTS["rank"] if config.rank is None else config.rank,
         )  # fmt: skip
         script = Path(__file__).with_name("peer_step.py")
         assert config.peer_python

@@ -19,6 +19,7 @@ DEFAULT_TASK = "grammar"
 
 # Stands where neither a flag nor a preset decides.
 DEFAULTS: dict[str, Any] = dict(
+    rank=8,
     learning_rate=1e-3,
     final_learning_rate=0.0,
     schedule="linear",
@@ -39,6 +40,16 @@ DEFAULTS: dict[str, Any] = dict(
     stability=0.05,
     importance="training",
     scaling="constant",
+)
+
+# Where a method needs another. Full fine-tuning takes the largest rate of BERT's grid, as 1e-3 wrecks a pretrained model; VeRA
+# that of its paper, as its two vectors are small.
+_OWN: dict[str, dict[str, Any]] = dict(
+    oplora=dict(rank=16),
+    dplora=dict(rank=16),
+    prunedlora=dict(rank=16),
+    vera=dict(rank=256, learning_rate=1e-2),
+    full=dict(learning_rate=5e-5),
 )
 
 # Flags that only some methods read; given with another, the run says that they have no effect.
@@ -165,7 +176,7 @@ class GlueConfig:
     max_steps: Whole = None
     """stop after so many optimiser steps; the learning-rate schedule ends there too"""
     learning_rate: Number = None
-    """peak learning rate of AdamW [0.001]"""
+    """peak learning rate of AdamW [0.001; vera: 0.01; full: 0.00005]"""
     final_learning_rate: Number = None
     """learning rate at the end [0]"""
     schedule: Choice[Literal["linear", "cosine", "stages"]] = None
@@ -220,10 +231,9 @@ class GlueConfig:
         known = preset(self.preset, self.method, task) if self.preset else {}
         # Of two values for one setting the later counts.
         further = (*known.get("set", ()), *self.set)
-        open_ = {name: {**DEFAULTS, **known}[name] for name in DEFAULTS if getattr(self, name) is None}
+        silent = {**DEFAULTS, **_OWN.get(self.method, {}), **known}
+        open_ = {name: silent[name] for name in DEFAULTS if getattr(self, name) is None}
         folder = self.output_dir or Path("runs") / f"{task}-{self.method}-{self.seed}"
-        if self.rank is None:
-            open_["rank"] = {"oplora": 16, "dplora": 16, "prunedlora": 16, "vera": 256}.get(self.method, 8)
         config = replace(self, task=task, model=model, output_dir=folder, set=further, **open_)
         config._check()
         return config

@@ -161,6 +161,11 @@ def test_presets_give_way_to_flags():
     # A preset that clips nothing keeps it so, and 0 is not "not given".
     assert not GlueConfig(preset="paper", method="full", task="mnli").resolve().max_grad_norm
     assert GlueConfig(max_grad_norm=0.0).resolve().max_grad_norm == 0.0
+    # What a method has for itself gives way to both.
+    rates = [GlueConfig(method="full", task="rte", **more).resolve().learning_rate for more in (
+        {}, {"preset": "paper"}, {"preset": "paper", "learning_rate": 3e-5},
+    )]  # fmt: skip
+    assert rates == [5e-5, 1e-5, 3e-5] and GlueConfig(method="lora").resolve().learning_rate == 1e-3
 
 
 def test_every_preset_makes_its_method_and_schedule():
