@@ -164,7 +164,8 @@ class Peer:
         vocab, width, layers, heads, mlp = SIZES[config.size]
         settings = dict(
             family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=mlp, batch=config.batch, length=config.length, rank=DEFAULTS["rank"] if config.rank is None else config.rank,
+            intermediate_size=mlp, batch=config.batch, length=config.length,
+            rank=DEFAULTS["rank"] if config.rank is None else config.rank,
         )  # fmt: skip
         script = Path(__file__).with_name("peer_step.py")
         assert config.peer_python
