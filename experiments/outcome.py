@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from experiments.config import GlueConfig
 from experiments.pruning import Pruner, final_ranks
 from experiments.recording import Clock, Recorder, versions
@@ -78,8 +80,8 @@ def write(run: Finished) -> dict[str, Any]:
             budget=events[-1].get("budget"),
         )  # fmt: skip
         report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder / "ranks_after.png", title=title)
-    saved = _save(run)
-    summary |= {"seconds": run.clock.total(), "versions": versions(), "config": run.config.plain()}
+    saved, sizes = _save(run)
+    summary |= {**sizes, "seconds": run.clock.total(), "versions": versions(), "config": run.config.plain()}
     report.write_json(folder / "summary.json", summary)
     report.write_page(folder)
     _conclude(summary, folder, saved)
@@ -91,8 +93,8 @@ def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
     return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
 
 
-def _save(run: Finished) -> str:
-    """Save what was trained, and return the name of its folder, if any."""
+def _save(run: Finished) -> tuple[str, dict[str, int]]:
+    """Save what was trained; return the name of its folder, if any, and the sizes of a model that was pruned."""
     folder, model = run.config.output_dir, run.model
     assert folder is not None
     adapters, masks = run.method.seen(run.state.adapters, run.state.masks)
@@ -100,14 +102,15 @@ def _save(run: Finished) -> str:
         small = extract(model.config, model.params, adapters, masks)
         params = merge(small.params, small.adapters, masks)
         save_classifier(folder / "model", small.config, params, tokenizer=model.folder)
-        return "model"
+        before, after = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model.params, params))
+        return "model", {"model_params_at_start": before, "model_params": after}
     if run.config.method in _NO_LORA:
-        return ""
+        return "", {}
     save_peft(
         adapters, masks, folder / "adapter",
         torch_paths=model.torch_paths, params=model.params, base_model=run.config.model, initial=run.initial,
     )  # fmt: skip
-    return "adapter"
+    return "adapter", {}
 
 
 def _conclude(summary: dict[str, Any], folder: Path, saved: str) -> None:
@@ -115,11 +118,18 @@ def _conclude(summary: dict[str, Any], folder: Path, saved: str) -> None:
     metrics = {summary["metric"]: summary["score"], **summary["metrics"]}
     scores = (f"{name} {value:.2f}{best if name == summary['metric'] else ''}" for name, value in metrics.items())
     print(f"\nscore      {'; '.join(scores)}")
-    if events := summary["events"]:
-        compactions = sum(event["compacted"] for event in events)
+    events = summary["events"]
+    if "model_params" in summary:
+        kept = (f"{kind} {100 * part['kept'] / part['of']:.0f} %" for kind, part in events[-1]["channels"].items())
+        print(
+            f"pruned     the model from {summary['model_params_at_start']:,} to {summary['model_params']:,} parameters; "
+            f"channels kept: {', '.join(kept)}"
+        )
+    elif events:
+        compactions, plural = sum(event["compacted"] for event in events), "" if len(events) == 1 else "s"
         print(
             f"pruned     {summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
-            f"{len(events)} events, {compactions} of them compacted"
+            f"{len(events)} event{plural}, {compactions} of them compacted"
         )
     spent = ", ".join(f"{said} {seconds[name]:.1f}" for name, said in _SPENT.items() if seconds[name] >= 0.05)
     made, use = _SAVED[saved]

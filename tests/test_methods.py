@@ -13,7 +13,7 @@ METHODS = {
     "adalora": functools.partial(
         jp.adalora, total_steps=40, init_rank=3, target_rank=2, tinit=1, tfinal=10, alpha=60, orthogonal=0.01
     ),
-    "channelmask": functools.partial(jp.channelmask, total_steps=40, rank=3, channels=("fc1",), lam=0.01),
+    "channelmask": functools.partial(jp.channelmask, total_steps=40, rank=3, channels=("fc1",)),
     "dora": functools.partial(jp.dora, rank=3),
     "dora_pissa": functools.partial(jp.dora, rank=3, init="pissa"),
     "dplora": functools.partial(jp.dplora, total_steps=24, events=3, budget=240, ranks=range(5), solver="DP"),

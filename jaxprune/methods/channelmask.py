@@ -8,14 +8,22 @@ Stage 1 trains the masks with the adapters. Each step draws one mask and differe
 
     u ~ Logistic(0, 1),    y = sigmoid((l + u) / tau),    g = 1[y > 1/2] forward, the gradient of y backward,
 
-with tau falling from 1.0 to 0.3 exponentially; evaluation has no noise, g = 1[l > 0]. Added to the loss is lam * D, or
-lam * (D - target)^2, where D is the mean of sigmoid(l) over all masked channels, each weighted by its kernel parameters. The
-event at the end of stage 1 freezes g = 1[l > 0] (the largest logit of a group where none is positive), and stage 2 trains A, B
-and the magnitudes on. `jaxprune.prune.extract` then takes the masked channels out of the model.
+with tau falling from 1.0 to 0.3 exponentially; evaluation has no noise, g = 1[l > 0]. With D the mean of sigmoid(l) over all
+masked channels, each weighted by its kernel parameters, either
 
-The source gives the masks, their place on DoRA's magnitudes, the Gumbel-Sigmoid and two learning rates, 5e-5 and 1e-5. Ours
-are: the penalty and its weight, the initial logit 3, the temperatures, the length of stage 1, the reading of the two rates as
-those of the stages, the mask on the bias (without which a channel cannot be removed) and the channel that every group keeps.
+- D falls from sigmoid(l0) to `target`, fast at first (cubic): after every update one number is added to all logits, so that
+  D is what it should be and the loss decides only which channels stay. The event at the end of stage 1 freezes the `target`
+  share of channels with the largest logits, equally many in all heads of a layer;
+- or the loss gets the penalty lam * D, and the event freezes g = 1[l > 0] (the largest logit of a group where none is
+  positive). How many channels go is then up to the loss, and to whether training is long enough for logits to get from l0 to 0:
+  Adam moves them by at most ten times the learning rate a step, and far less where their gradients are mostly noise.
+
+Stage 2 trains A, B and the magnitudes on. `jaxprune.prune.extract` then takes the masked channels out of the model.
+
+The source gives the masks, their place on DoRA's magnitudes, the Gumbel-Sigmoid, two learning rates, 5e-5 and 1e-5, and the
+shares it arrived at, 75.5 % of the channels on average for RoBERTa-base and 83 % for DistilBERT. Ours are: the target and the
+penalty, the initial logit 3, the temperatures, the length of stage 1, the reading of the two rates as those of the stages, the
+mask on the bias (without which a channel cannot be removed) and the channel that every group keeps.
 
 Source: "Learning to prune and low-rank adaptation for compact language model deployment", slides and abstract.
 """
@@ -23,6 +31,8 @@ Source: "Learning to prune and low-rank adaptation for compact language model de
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +61,8 @@ def channelmask(
     total_steps: int,
     stage: float = 0.5,
     channels: str | Sequence[str] = "useful",
-    lam: float = 1.0,
     target: float | None = None,
+    lam: float | None = None,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
@@ -67,8 +77,8 @@ def channelmask(
       total_steps: optimiser steps of the whole run.
       stage: share of them that stage 1 takes, above 0 and up to 1.
       channels: `paper_like`, `useful`, or types of the sites to mask. A mask on queries stands for the query-key pairs.
-      lam: weight of the penalty.
-      target: share D of the channels that should stay; None to penalise D itself.
+      target: share of the channels that stay; 0.75 unless `lam` is given.
+      lam: weight of the penalty, in place of a target.
       rank: components at every site, masked or not.
       alpha: numerator of s = alpha / rank; None for s = 2.
       dropout: rate of the dropout on the adapters' inputs.
@@ -82,12 +92,21 @@ def channelmask(
       UsageError: a setting is out of range; by `start`, no site has a type of `channels`.
     """
     first, last = temperatures
-    if min(first, last) <= 0 or lam < 0 or not (target is None or 0 < target <= 1):
+    if lam is not None and target is not None:
+        raise UsageError(f"target {target} and lam {lam} are two ways to prune; give one of them")
+    if lam is None and target is None:
+        target = 0.75
+    if min(first, last) <= 0 or (lam is not None and lam < 0) or not (target is None or 0 < target < 1):
         raise UsageError(
             f"temperatures {first}, {last}, lam {lam}, target {target} are out of range; expected above 0, 0 or more, and "
-            f"a share of channels above 0 and up to 1"
+            f"a share of channels between 0 and 1"
         )
     end = stage_end(total_steps, stage)
+    begin = 1 / (1 + math.exp(-start_logit))
+    if target is not None and target > begin:
+        raise UsageError(
+            f"target {target} is above the share that start_logit {start_logit} begins with, {begin:.3f}; raise it"
+        )
 
     def view(adapters, masks, key, step):
         if key is None:
@@ -99,17 +118,16 @@ def channelmask(
         }
         return {**adapters, **drawn}, masks
 
-    def penalty(adapters):
-        mean = density(adapters)
-        return lam * (mean if target is None else jnp.square(mean - target))
-
     def decide(state, adapters, masks, step, context):
-        return state, _freeze({path: (x, np.asarray(x.kept())) for path, x in _masked(adapters)})
+        masked = dict(_masked(adapters))
+        kept = {path: np.asarray(x.kept()) for path, x in masked.items()} if target is None else largest(masked, target)
+        return state, _freeze({path: (x, kept[path]) for path, x in masked.items()})
 
     return Method(
         lambda context: _start(context, channels, rank, alpha, dropout, heads, shared, start_logit),
         view=view,
-        penalty=penalty if lam else None,
+        penalty=(lambda adapters: lam * density(adapters)) if lam else None,
+        project=None if target is None else functools.partial(_hold_density, end=end, first=begin, last=target),
         decide=decide,
         triggers=lambda number: number == end,
     )
@@ -142,7 +160,7 @@ def uniformmask(
     end = stage_end(total_steps, stage)
 
     def decide(state, adapters, masks, step, context):
-        return state, _freeze({path: (x, _largest(x, ratio)) for path, x in _masked(adapters)})
+        return state, _freeze({path: (x, _top(x, _sizes(x), 1 - ratio)) for path, x in _masked(adapters)})
 
     return Method(
         # Settled from the start: all channels are on, and no gradient reaches the logits.
@@ -168,9 +186,57 @@ def density(adapters: Adapters) -> jax.Array:
     Those are d_in, times the heads that share a logit; the row or column of the next kernel that goes with a channel is in
     proportion to them.
     """
-    sites = [(x.a.shape[-2] * (x.magnitude.shape[-1] // x.logits.shape[-1]), x.logits) for _, x in _masked(adapters)]
+    sites = [(_weight(x), x.logits) for _, x in _masked(adapters)]
     total = sum((weight * jnp.sum(jax.nn.sigmoid(logits)) for weight, logits in sites), jnp.zeros(()))
     return total / sum(weight * logits.size for weight, logits in sites)
+
+
+def _hold_density(state: Any, adapters: Adapters, masks: Any, step: jax.Array, *, end: int, first: float, last: float):
+    """Shift the logits so that the density has fallen from `first` towards `last` as far as it should by now; not in stage 2."""
+    goal = last + (first - last) * (1 - jnp.minimum((step + 1) / end, 1.0)) ** 3
+    shift = jnp.where(step < end, density_shift(adapters, goal), 0.0)
+    moved = {path: dataclasses.replace(x, logits=x.logits + shift) for path, x in _masked(adapters)}
+    return {**adapters, **moved}
+
+
+def density_shift(adapters: Adapters, goal: jax.Array) -> jax.Array:
+    """Return the number that, added to every logit, makes the density `goal` (by bisection, to 1e-6 of the logits' range)."""
+    logits = jnp.concatenate([x.logits.ravel() for _, x in _masked(adapters)])
+    weights = jnp.concatenate([jnp.full(x.logits.size, _weight(x), jnp.float32) for _, x in _masked(adapters)])
+    weights = weights / weights.sum()
+    middle = jnp.log(goal) - jnp.log1p(-goal)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        shift = (low + high) / 2
+        above = jnp.sum(weights * jax.nn.sigmoid(logits + shift)) > goal
+        return jnp.where(above, low, shift), jnp.where(above, shift, high)
+
+    low, high = jax.lax.fori_loop(0, 20, halve, (middle - logits.max(), middle - logits.min()))
+    return (low + high) / 2
+
+
+def largest(adapters: Mapping[str, MaskedDora], share: float) -> dict[str, np.ndarray]:
+    """Choose the channels with the largest logits that together have a share of the kernel parameters.
+
+    Heads of a layer keep equally many, since extraction gives them one width: as many as their channels among the largest, on
+    average. Of equal logits the first stay.
+
+    Returns:
+      {site path: booleans shaped as the logits}.
+    """
+    flat = [np.ravel(np.asarray(x.logits)) for x in adapters.values()]
+    weights = np.concatenate([np.full(x.logits.size, _weight(x), np.float64) for x in adapters.values()])
+    order = np.argsort(-np.concatenate(flat), kind="stable")
+    among = np.zeros(order.size, bool)
+    # The 1e-9 keeps the channel with which the share is full.
+    among[order[np.cumsum(weights[order]) <= share * weights.sum() * (1 + 1e-9)]] = True
+    kept, start = {}, 0
+    for path, x in adapters.items():
+        here = among[start : start + x.logits.size]
+        start += x.logits.size
+        kept[path] = _top(x, np.asarray(x.logits), here.reshape(x.logits.shape).mean(axis=-1))
+    return kept
 
 
 def stage_end(total_steps: int, stage: float) -> int:
@@ -216,17 +282,28 @@ def _masked(adapters: Adapters) -> list[tuple[str, MaskedDora]]:
     return [(path, x) for path, x in adapters.items() if isinstance(x, MaskedDora)]
 
 
-def _largest(adapter: MaskedDora, ratio: float) -> np.ndarray:
-    """Choose the channels of the largest magnitude in every group; of equal ones the lower index stays."""
-    groups = (adapter.heads, adapter.magnitude.shape[-1] // adapter.heads)
-    size = np.asarray(adapter.magnitude, np.float64).reshape(*adapter.magnitude.shape[:-1], *groups) ** 2
-    if adapter.logits.shape[-1] == groups[-1]:
-        size = size.sum(-2, keepdims=True)
-    order = np.argsort(-size, axis=-1, kind="stable")
-    stay = max(1, round((1 - ratio) * groups[-1]))
-    kept = np.zeros(size.shape, bool)
-    np.put_along_axis(kept, order[..., :stay], True, axis=-1)
-    return kept.reshape(adapter.logits.shape)
+def _weight(adapter: MaskedDora) -> int:
+    """Count the kernel parameters that go with a logit."""
+    return adapter.a.shape[-2] * (adapter.magnitude.shape[-1] // adapter.logits.shape[-1])
+
+
+def _top(adapter: MaskedDora, values: np.ndarray, share: Any) -> np.ndarray:
+    """Choose a share of the largest values in every group, one at least; of equal ones the first stay.
+
+    Args:
+      values: shaped as the logits, (..., channels).
+      share: of every layer, (...), or of all.
+    """
+    grouped = values.reshape(*values.shape[:-1], -1, adapter.magnitude.shape[-1] // adapter.heads)
+    stay = np.maximum(1, np.round(np.multiply(share, grouped.shape[-1])))
+    place = np.argsort(np.argsort(-grouped, axis=-1, kind="stable"), axis=-1)
+    return (place < stay[..., None, None]).reshape(values.shape)
+
+
+def _sizes(adapter: MaskedDora) -> np.ndarray:
+    """Square the magnitudes, and add up those of heads that share a mask; shaped as the logits."""
+    size = np.square(np.asarray(adapter.magnitude, np.float64))
+    return size.reshape(*size.shape[:-1], -1, adapter.logits.shape[-1]).sum(-2)
 
 
 def _freeze(chosen: Mapping[str, tuple[MaskedDora, Any]]) -> Decision:

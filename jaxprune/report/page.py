@@ -146,6 +146,8 @@ def _figures(summary: _Summary) -> str:
     metric = _text(summary.get("metric") or "score")
     params, budget = summary.get("adapter_params"), summary.get("budget")
     known = _is_number(params) and _is_number(budget) and budget > 0
+    whole, left = summary.get("model_params_at_start"), summary.get("model_params")
+    pruned = _is_number(whole) and _is_number(left) and whole > 0
     total = summary.dict("seconds").get("total")
     figures = {
         metric: _score(summary.get("score")),
@@ -153,6 +155,8 @@ def _figures(summary: _Summary) -> str:
         "adapter parameters": summary.get("adapter_params"),
         f"of the budget of {_text(budget)}": f"{100 * params / budget:.1f} %" if known else None,
         "head parameters": summary.get("head_params"),
+        "model parameters": left,
+        f"of the model's {_text(whole)} before": f"{100 * left / whole:.1f} %" if pruned else None,
         "layers adapted": summary.get("layers_adapted"),
         "total time": _duration(total) if _is_number(total) else None,
     }

@@ -34,7 +34,6 @@ OWN = {
     "g2r2": dict(set=("interval=1", "warmup=2", "progressive=4")),
     "prunedlora": dict(set=("interval=2", "remove=1")),
     "adalora": dict(set=("tfinal=4",)),
-    "channelmask": dict(set=("start_logit=0.1",)),
 }
 PRUNING = ("dplora", "g2r2", "prunedlora", "adalora")
 
@@ -80,6 +79,10 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     if method in PRUNING:
         assert summary["events"] and (folder / "pruning.png").exists() and (folder / "ranks_after.png").exists()
         assert summary["adapter_params"] < summary["adapter_params_at_start"]
+    if method == "channelmask":
+        smaller = load_classifier(folder / "model", num_labels=2).params
+        assert sum(leaf.size for leaf in jax.tree.leaves(smaller)) == summary["model_params"]
+        assert summary["model_params"] < summary["model_params_at_start"] and "channels kept: query" in shown
 
 
 def test_the_exported_adapter_is_the_trained_one(tiny_bert, tiny_rte, tmp_path):

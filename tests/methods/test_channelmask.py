@@ -11,7 +11,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.adapters import MaskedDora, mask_channels, settle, to_dora
 from jaxprune.adapters.channel import SETTLED
-from jaxprune.methods.channelmask import density, draw, temperature
+from jaxprune.methods.channelmask import density, density_shift, draw, largest, temperature
 from tests.tower import tower
 
 
@@ -111,14 +111,64 @@ def test_density_weighs_channels_by_their_parameters():
     np.testing.assert_allclose(density({"a": small, "b": big}), want, rtol=1e-6)
 
 
-def test_target_drives_the_density():
-    adapters = {"a": masked([3.0] * 6)[0]}
-    penalty = jp.channelmask(total_steps=10, lam=50.0, target=0.4).penalty
-    for _ in range(200):
-        gradient = jax.grad(penalty)(adapters)
-        logits = adapters["a"].logits - 2 * gradient["a"].logits
-        adapters = {"a": dataclasses.replace(adapters["a"], logits=logits)}
-    np.testing.assert_allclose(density(adapters), 0.4, atol=1e-3)
+@pytest.mark.parametrize("goal", [0.05, 0.5, 0.75, 0.999])
+def test_the_shift_makes_the_density(goal):
+    rng = np.random.default_rng(1)
+    adapters = {
+        "a": masked(3 * rng.normal(size=40), d_in=4)[0],
+        "b": masked(rng.normal(size=24) - 5, heads=4, d_in=9)[0],
+    }
+    shift = float(density_shift(adapters, jnp.float32(goal)))
+    moved = {path: dataclasses.replace(x, logits=x.logits + shift) for path, x in adapters.items()}
+    np.testing.assert_allclose(density(moved), goal, rtol=1e-4)
+    same = {"a": masked([3.0] * 6)[0]}
+    np.testing.assert_allclose(
+        density_shift(same, jnp.float32(goal)), np.log(goal / (1 - goal)) - 3, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_largest_logits_stay_and_heads_stay_equal():
+    # Kernel parameters of a channel: 4 and 2. Of 4 * 4 + 6 * 2 = 28, half is 14: 3, 2 and 1.5 at 4, then 1 at 2.
+    small = masked([0.5, 3.0, 1.5, 2.0], d_in=4)[0]
+    wide = masked([1.0, -3.0, 0.9, -1.0, -2.0, -4.0], d_in=2)[0]
+    kept = largest({"small": small, "wide": wide}, 0.5)
+    np.testing.assert_array_equal(kept["small"], [0, 1, 1, 1])
+    np.testing.assert_array_equal(kept["wide"], [1, 0, 0, 0, 0, 0])
+    # Of twelve in three heads the eight largest lie 4, 4 and 0 to a head: each head keeps 8 / 3, rounded, of its own.
+    heads = masked([9.0, 8, 7, 6, 9, 8, 7, 6, -1, -2, -3, -4], heads=3)[0]
+    np.testing.assert_array_equal(largest({"v": heads}, 8 / 12)["v"], [1, 1, 1, 0] * 3)
+    np.testing.assert_array_equal(largest({"v": masked([1.0, -1, -2, -3], heads=2)[0]}, 0.01)["v"], [1, 0, 1, 0])
+
+
+def test_a_target_is_met_by_the_channels_that_the_loss_can_do_without():
+    """Where an output channel is of no use, it goes; the density follows the cubic schedule to the step."""
+    kernel = jnp.eye(8)
+    params = {"fc1": {"kernel": kernel, "bias": jnp.ones(8)}}
+    useful = jnp.array([1.0, 0, 1, 0, 1, 1, 0, 1])
+    sites = [jp.Site("fc1", 8, 8, 0, "fc1")]
+
+    def forward(params, adapters, masks, x):
+        y = adapters["fc1"].linear(x, params["fc1"]["kernel"], masks["fc1"], None)
+        return adapters["fc1"].finish(y + params["fc1"]["bias"], masks["fc1"])
+
+    # What is of use should be 1 more than it is; the rest should be 0.
+    loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(batch["x"]) - useful * (batch["x"] + 1)))  # noqa: E731
+    method = jp.channelmask(total_steps=80, stage=0.5, channels=("fc1",), rank=1, target=5 / 8, start_logit=2.0)
+    start = method.start(jp.Context(jax.random.key(0), params, sites, forward, loss_fn))
+    optimizer = optax.adam(0.05)
+    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
+    batch = {"x": jax.random.normal(jax.random.key(2), (16, 8))}
+    first = 1 / (1 + np.exp(-2.0))
+    for number in range(1, 42):
+        state, _ = step(params, state, batch)
+        if number <= 40:
+            want = 5 / 8 + (first - 5 / 8) * (1 - number / 40) ** 3
+            np.testing.assert_allclose(density(state.adapters), want, rtol=1e-4)
+        state, decision = jp.prune(state, method, optimizer)
+        assert bool(decision) == (number == 40)
+    np.testing.assert_array_equal(state.adapters["fc1"].channels(None), useful)
+    np.testing.assert_allclose(np.abs(state.adapters["fc1"].logits), SETTLED, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("layers", "parameters"), [(6, 165_888), (12, 331_776)])
@@ -195,8 +245,13 @@ def test_wrong_settings_say_what_to_do():
     ):
         with pytest.raises(jp.UsageError, match=message):
             method.start(context)
-    for settings in ({"stage": 0.0}, {"lam": -1.0}, {"target": 1.5}, {"temperatures": (1.0, 0.0)}):
-        with pytest.raises(jp.UsageError, match="out of range"):
+    for settings, message in (
+        *(({name: value}, "out of range") for name, value in (("stage", 0.0), ("lam", -1.0), ("target", 1.0))),
+        ({"temperatures": (1.0, 0.0)}, "out of range"),
+        ({"lam": 1.0, "target": 0.5}, "two ways to prune; give one"),
+        ({"start_logit": 0.0}, "target 0.75 is above the share that start_logit 0.0 begins with, 0.500"),
+    ):
+        with pytest.raises(jp.UsageError, match=message):
             jp.channelmask(total_steps=4, **settings)
     with pytest.raises(jp.UsageError, match="ratio 1.0 is out of range"):
         jp.uniformmask(total_steps=4, ratio=1.0)
