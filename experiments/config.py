@@ -55,7 +55,7 @@ _OWN: dict[str, dict[str, Any]] = dict(
 # Flags that only some methods read; given with another, the run says that they have no effect.
 _RANKED = (
     "lora", "oplora", "dplora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora", "dylora", "loradrop", "g2r2",
-    "prunedlora", "channelmask",
+    "prunedlora", "channelmask", "uniformmask",
 )  # fmt: skip
 _PLANNED = ("oplora", "dplora")
 USES: dict[str, tuple[str, ...]] = {
@@ -79,6 +79,9 @@ USES: dict[str, tuple[str, ...]] = {
     ),
     "scaling": ("dplora",),
 }
+
+# Methods with two stages, which prune the model itself.
+STAGED = ("channelmask", "uniformmask")
 
 # Settings that a resumed run may change without becoming another run.
 FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
@@ -105,6 +108,7 @@ class GlueConfig:
         "g2r2",
         "prunedlora",
         "channelmask",
+        "uniformmask",
         "lora",
         "rslora",
         "lorafa",
@@ -180,8 +184,8 @@ class GlueConfig:
     final_learning_rate: Number = None
     """learning rate at the end [0]"""
     schedule: Choice[Literal["linear", "cosine", "stages"]] = None
-    """how the learning rate falls after warm-up; stages: channelmask's first stage has the peak, its second the final
-    one [linear]"""
+    """how the learning rate falls after warm-up; stages: the first of the two of channelmask and uniformmask has the peak, the
+    second the final one [linear]"""
     warmup: Number = None
     """warm-up: a share of all steps if below 1, else a number of steps [0.06]"""
     weight_decay: Number = None
@@ -262,8 +266,10 @@ class GlueConfig:
                 f"--final-learning-rate {self.final_learning_rate} is out of range; expected 0 up to --learning-rate "
                 f"{self.learning_rate}"
             )
-        if self.schedule == "stages" and self.method != "channelmask":
-            raise UsageError(f"--schedule stages is for channelmask, which has stages; --method is {self.method}")
+        if self.schedule == "stages" and self.method not in STAGED:
+            raise UsageError(
+                f"--schedule stages is for {' and '.join(STAGED)}, which have stages; --method is {self.method}"
+            )
         if self.tensorboard and find_spec("tensorboardX") is None:
             raise UsageError("--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX")
         if (self.batch_size or 0) % self.accumulate:

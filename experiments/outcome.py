@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.config import GlueConfig
+from experiments.config import STAGED, GlueConfig
 from experiments.pruning import Pruner, final_ranks
 from experiments.recording import Clock, Recorder, versions
 from experiments.tasks import Task
@@ -98,7 +98,7 @@ def _save(run: Finished) -> tuple[str, dict[str, int]]:
     folder, model = run.config.output_dir, run.model
     assert folder is not None
     adapters, masks = run.method.seen(run.state.adapters, run.state.masks)
-    if run.config.method == "channelmask":
+    if run.config.method in STAGED:
         small = extract(model.config, model.params, adapters, masks)
         params = merge(small.params, small.adapters, masks)
         save_classifier(folder / "model", small.config, params, tokenizer=model.folder)

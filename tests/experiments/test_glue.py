@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from experiments.build import make_method, make_schedule
 from experiments.cli import parse
-from experiments.config import GlueConfig
+from experiments.config import STAGED, GlueConfig
 from experiments.data import load_task
 from experiments.finetune import predict, run
 from experiments.packing import Batches
@@ -27,7 +27,7 @@ from tests.models import tiny
 
 METHODS = get_args(get_type_hints(GlueConfig)["method"])
 PLANNED, UNRANKED = ("oplora", "dplora"), ("full", "bitfit", "vera")
-NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer", "channelmask")
+NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer", *STAGED)
 # What a run this short needs in order to prune at all.
 OWN = {
     "dplora": dict(events=2),
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
 
     assert (folder / "ranks.png").exists() == (method not in UNRANKED)
     assert (folder / "adapter").exists() == (method not in NO_LORA)
-    assert (folder / "report.html").exists() and (folder / "model").exists() == (method == "channelmask")
+    assert (folder / "report.html").exists() and (folder / "model").exists() == (method in STAGED)
     shown = capsys.readouterr().out
     assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method in PLANNED)
     if method in PLANNED:
@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     if method in PRUNING:
         assert summary["events"] and (folder / "pruning.png").exists() and (folder / "ranks_after.png").exists()
         assert summary["adapter_params"] < summary["adapter_params_at_start"]
-    if method == "channelmask":
+    if method in STAGED:
         smaller = load_classifier(folder / "model", num_labels=2).params
         assert sum(leaf.size for leaf in jax.tree.leaves(smaller)) == summary["model_params"]
         assert summary["model_params"] < summary["model_params_at_start"] and "channels kept: query" in shown
