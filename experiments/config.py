@@ -43,12 +43,13 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 # Where a method needs another. Full fine-tuning takes the largest rate of BERT's grid, as 1e-3 wrecks a pretrained model; VeRA
-# that of its paper, as its two vectors are small.
+# that of its paper, as its two vectors are small; PiSSA's factors are what a kernel does most, and 1e-3 unlearns it.
 _OWN: dict[str, dict[str, Any]] = dict(
     oplora=dict(rank=16),
     dplora=dict(rank=16),
     prunedlora=dict(rank=16),
     vera=dict(rank=256, learning_rate=1e-2),
+    pissa=dict(learning_rate=2e-4),
     full=dict(learning_rate=5e-5),
 )
 
@@ -180,7 +181,7 @@ class GlueConfig:
     max_steps: Whole = None
     """stop after so many optimiser steps; the learning-rate schedule ends there too"""
     learning_rate: Number = None
-    """peak learning rate of AdamW [0.001; vera: 0.01; full: 0.00005]"""
+    """peak learning rate of AdamW [0.001; vera: 0.01; pissa: 0.0002; full: 0.00005]"""
     final_learning_rate: Number = None
     """learning rate at the end [0]"""
     schedule: Choice[Literal["linear", "cosine", "stages"]] = None
