@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def run(arguments: Sequence[str]) -> None:
     known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
     if name in ("-h", "--help"):
         print(f"usage: python -m {PROGRAM} {{{','.join(known)}}} ...")
-        return
+        sys.exit(0)
     if name not in known:
         raise UsageError(f"benchmark {name!r} is not known; nearest names: {nearest(name, known)}")
     importlib.import_module(f"experiments.bench_{name}").main(rest)
