@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.memory import set_up_process
-from jaxprune.errors import UsageError, nearest
+from experiments.start import start
 
 PROGRAM = "experiments.bench"
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run the benchmark that the first argument names, with the others."""
+    from jaxprune.errors import UsageError, nearest  # here, as importing jaxprune takes a second
+
     name, *rest = arguments or ["--help"]
     known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
     if name in ("-h", "--help"):
@@ -26,8 +27,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    set_up_process()
-
-    from experiments.cli import main
-
-    main(run, PROGRAM)
+    start(PROGRAM, "experiments.bench:run")

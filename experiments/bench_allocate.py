@@ -171,7 +171,3 @@ def _table(tallies: dict[tuple[int, str], Tally], args: argparse.Namespace) -> s
             f"{tally.proved:4}/{len(times):<4}  {tally.off:16.1e}"
         )
     return "\n".join([*lines, "worst difference: how far a proved objective lies below the best proved one, relative"])
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import stopping
 from experiments.cli import parse, parse_known
+from experiments.stopping import temporary_folder
 from jaxprune.errors import UsageError
 
 DEFAULT = "--method dplora --max-train-samples 480 --epochs 4 --events 6 --prune-ratio 0.8"
@@ -50,9 +51,9 @@ class ResumeConfig:
 def main(arguments: list[str]) -> None:
     """Kill, resume, compare, and print how often the run died where; raise where anything differs."""
     config, flags = parse_known(ResumeConfig, arguments, "experiments.bench resume")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         start = time.perf_counter()
-        report = kill_and_resume(config, flags or DEFAULT.split(), Path(folder))
+        report = kill_and_resume(config, flags or DEFAULT.split(), folder)
         died = ", ".join(f"{count} at {place}" for place, count in report["died"].items() if count)
         print(
             f"{sum(report['died'].values())} kills ({died}) in {report['runs']} runs: every run ended with the same "
@@ -95,8 +96,8 @@ def _life(config: ResumeConfig, flags: Sequence[str], folder: Path, place: str, 
     whole = [*flags, "--compact", "always", "--save-steps", str(config.save_steps), "--output-dir",
              str(folder), "--resume"]  # fmt: skip
     code = "import sys; from experiments.bench_resume import live; live(sys.argv[1], int(sys.argv[2]), sys.argv[3:])"
-    process = subprocess.run(
-        [sys.executable, "-c", code, place, str(count), *whole], capture_output=True, text=True, check=False
+    process = stopping.run(
+        [sys.executable, "-c", code, place, str(count), *whole], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     if process.returncode not in (0, -signal.SIGKILL):
         raise UsageError(f"a run ended with status {process.returncode}: {process.stderr.strip()[-800:]}")

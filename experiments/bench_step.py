@@ -7,10 +7,11 @@ six kinds of linear layers in its own interpreter (`--peer-python`, with torch a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 
 from experiments.cli import parse
 from experiments.config import DEFAULTS, GlueConfig
+from experiments.stopping import before_end
 from jaxprune.errors import UsageError
 
 # vocabulary, width, layers, heads, MLP width
@@ -56,11 +58,15 @@ def main(arguments: list[str]) -> None:
         ).resolve()
         for name in config.methods
     ]
-    peer = Peer(config) if config.peer_python else None
+    with peer_step(config) if config.peer_python else contextlib.nullcontext() as peer:
+        _time(config, settings, peer)
+
+
+def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[], float] | None) -> None:
     world = setting(config.size, config.batch, config.length)
     sides = {each.method: our_step(world, each) for each in settings}
     if peer:
-        sides["PEFT"] = peer.step
+        sides["PEFT"] = peer
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(config.steps + 2):
         for name, step in sides.items():
@@ -77,8 +83,6 @@ def main(arguments: list[str]) -> None:
         print(
             f"{name:11s} {median:9.3f} {min(values):8.3f} {max(values):8.3f} {tokens / median:10,.0f} {median / first:9.2f}"
         )
-    if peer:
-        peer.close()
 
 
 class Setting(NamedTuple):
@@ -157,37 +161,37 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
     return run
 
 
-class Peer:
-    """The other side: a process that trains one step whenever it reads a line, and answers with its seconds."""
-
-    def __init__(self, config: StepConfig) -> None:
-        vocab, width, layers, heads, mlp = SIZES[config.size]
-        settings = dict(
-            family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=mlp, batch=config.batch, length=config.length,
-            rank=DEFAULTS["rank"] if config.rank is None else config.rank,
+@contextlib.contextmanager
+def peer_step(config: StepConfig) -> Iterator[Callable[[], float]]:
+    """Start the other side, a process that trains one step for every line it reads; give a function that has it do so."""
+    vocab, width, layers, heads, mlp = SIZES[config.size]
+    settings = dict(
+        family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=mlp, batch=config.batch, length=config.length,
+        rank=DEFAULTS["rank"] if config.rank is None else config.rank,
+    )  # fmt: skip
+    script = Path(__file__).with_name("peer_step.py")
+    assert config.peer_python
+    try:
+        process = subprocess.Popen(
+            [config.peer_python, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        script = Path(__file__).with_name("peer_step.py")
-        assert config.peer_python
-        try:
-            self._process = subprocess.Popen(
-                [config.peer_python, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise UsageError(f"--peer-python {config.peer_python!r} cannot be run ({error.strerror})") from None
+    except OSError as error:
+        raise UsageError(f"--peer-python {config.peer_python!r} cannot be run ({error.strerror})") from None
 
-    def step(self) -> float:
-        """Have one step trained and return its seconds."""
-        assert self._process.stdin and self._process.stdout
+    def step() -> float:
+        assert process.stdin and process.stdout
         try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            return float(self._process.stdout.readline())
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
         except (BrokenPipeError, ValueError):
             raise UsageError("the interpreter of --peer-python has no working torch, transformers and peft") from None
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait()
+    with before_end(process.kill):
+        try:
+            yield step
+        finally:
+            process.kill()
+            process.wait()

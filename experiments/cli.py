@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import jax
 
 from experiments.stopping import Stopped
 from jaxprune.errors import UsageError
@@ -59,19 +62,28 @@ def _one_line(box: str) -> str:
 def main(run: Callable[[list[str]], object], program: str) -> None:
     """Run on the command line's arguments, and exit.
 
-    The status is 0 on success, 2 on wrong input, 1 where training broke off, and 128 + n on signal n.
+    The status is 0 on success, 2 on wrong input, 1 where training broke off or the machine failed it, and 128 + n on signal n.
     """
     try:
         run(sys.argv[1:])
     except UsageError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"{program}: error: {error}")
     except NonFiniteError as error:
-        print(f"{program}: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, f"{program}: stopped: {error}")
     except Stopped as stopped:
-        print(f"{program}: stopped {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(128 + stopped.signal, f"{program}: stopped {stopped}")
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        sys.stdout = None
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _end(1, f"{program}: stopped: {error.strerror or error}{where}")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _end(1, f"{program}: stopped: not enough memory; lower --batch-size, or raise --accumulate")
+
+
+def _end(status: int, line: str) -> None:
+    print(" ".join(line.splitlines()), file=sys.stderr)
+    sys.exit(status)

@@ -18,12 +18,14 @@ import numpy as np
 import optax
 
 from experiments.build import make_method, make_optimizer, make_schedule
+from experiments.cli import parse
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
 from experiments.data import load_task
+from experiments.folder import Folder
 from experiments.outcome import Finished, trained, write
 from experiments.packing import Batches, evaluation_batches, single_example_batches
 from experiments.pruning import Pruner
-from experiments.recording import Clock, Recorder, check_folder, make_folder, rewind
+from experiments.recording import MADE, Clock, Recorder, rewind
 from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
 from experiments.tokens import encode
@@ -51,6 +53,11 @@ class Data(NamedTuple):
     samples: list[dict[str, np.ndarray]]
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Run what the command line asks for."""
+    run(parse(GlueConfig, arguments, "experiments.glue"))
+
+
 def run(config: GlueConfig) -> dict[str, Any]:
     """Run one fine-tuning, print what happens, and return what `summary.json` holds."""
     clock = Clock()
@@ -58,16 +65,25 @@ def run(config: GlueConfig) -> dict[str, Any]:
     for name in config.idle():
         print(f"note       --{name} has no effect with --method {config.method}")
     config = config.resolve()
-    assert config.task and config.model and config.output_dir and config.epochs
-    task, folder = get_task(config.task), config.output_dir
-    check_folder(folder, config.overwrite or config.resume)
-    if config.resume and (folder / "summary.json").exists():
-        print(f"finished   {folder}/ holds a finished run; nothing is left to resume")
-        return json.loads((folder / "summary.json").read_text())
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
-    kept = _look_back(config, checkpoints)
-    use_compilation_cache()
+    assert config.task and config.model and config.output_dir
+    with Folder(config.output_dir, MADE) as folder:
+        inputs = {"--model": Path(config.model), "--data-dir": config.data_dir}
+        folder.check(
+            resume=config.resume,
+            overwrite=config.overwrite,
+            inputs={flag: path for flag, path in inputs.items() if path and path.exists()},
+        )
+        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
+        if config.resume and (summary := _finished(config, folder)):
+            return summary
+        return _run(config, get_task(config.task), folder, checkpoints, _look_back(config, checkpoints), clock)
 
+
+def _run(
+    config: GlueConfig, task: Task, folder: Folder, checkpoints: Checkpoints, kept: dict[str, Any] | None, clock: Clock
+) -> dict[str, Any]:
+    assert config.model and config.epochs
+    use_compilation_cache()
     model = load_classifier(
         config.model,
         num_labels=task.num_labels,
@@ -106,13 +122,14 @@ def run(config: GlueConfig) -> dict[str, Any]:
         params, initial = _changed(start, model)
         if start.plan is not None:
             print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
-        make_folder(folder)
+        folder.begin(clear=True)
         if start.plan is not None:
             _picture(kept, config, sites, folder)
     else:
         params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
         state = checkpoints.restore(optimizer, method, sites)
-        rewind(folder / "metrics.jsonl", int(state.step))
+        folder.begin(clear=False)
+        rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
         print(f"resumed    after step {int(state.step)} of {total_steps}, from {checkpoints.folder}")
     head_params = trained(state.adapters, state.masks, head=True)
@@ -121,6 +138,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
     recorder = Recorder(
         config,
+        folder,
         task,
         data.validation,
         data.labels,
@@ -133,8 +151,14 @@ def run(config: GlueConfig) -> dict[str, Any]:
     )
     pruner = Pruner(method, optimizer, context, clock, total_steps, config.compact, kept["events"])
     every = config.eval_steps or data.train.steps_per_epoch
-    evaluations = {*range(every, total_steps + 1, every), total_steps}
-    saves = {*range(config.save_steps, total_steps, config.save_steps)} if config.save_steps else evaluations
+
+    def evaluated(number: int) -> bool:
+        return number % every == 0 or number == total_steps
+
+    def saved(number: int) -> bool:
+        return number % config.save_steps == 0 if config.save_steps else evaluated(number)
+
+    folder.own("checkpoints")
 
     def save(state: TrainState) -> None:
         with clock.timing("save"):
@@ -144,17 +168,18 @@ def run(config: GlueConfig) -> dict[str, Any]:
     def pause(number: int, state: TrainState) -> tuple[TrainState, str]:
         if method.triggers(number):
             state = pruner.after(number, state)
-        note = recorder.evaluate(number, state) if number in evaluations else ""
-        if number in saves:
+        note = recorder.evaluate(number, state) if evaluated(number) else ""
+        if number < total_steps and saved(number):
             save(state)
         return state, note
 
     pruner.begin(int(state.step))
-    with checkpoints, Stop() as stop:
+    with checkpoints, Stop("stopping after this step, with everything saved") as stop:
         with clock.timing("train"):
             state = fit(
                 step, params, state, _training_batches(data.train, int(state.step), total_steps),
-                total_steps=total_steps, log=recorder.log, pause_at={*evaluations, *saves, *pruner.steps()},
+                total_steps=total_steps, log=recorder.log,
+                pause_at=lambda number: method.triggers(number) or evaluated(number) or saved(number),
                 pause=pause, stop=stop,
             )  # fmt: skip
         pruner.finish(int(state.step))
@@ -167,7 +192,27 @@ def run(config: GlueConfig) -> dict[str, Any]:
         if total_steps not in checkpoints.steps():
             save(state)
 
-    return write(Finished(config, task, model, initial, method, sites, kept, recorder, pruner, clock, state))
+    return write(Finished(config, folder, task, model, initial, method, sites, kept, recorder, pruner, clock, state))
+
+
+def _finished(config: GlueConfig, folder: Folder) -> dict[str, Any] | None:
+    """Return the summary of a run that has ended; None where there is none, or it must be written again."""
+    if not folder.finished:
+        return None
+    path = folder.path / "summary.json"
+    try:
+        summary = json.loads(path.read_bytes())
+        changes = config.differences(summary["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        print(f"note       {path} is damaged; it is made again from the last checkpoint")
+        return None
+    if changes:
+        raise _other_settings(config, changes)
+    print(f"finished   {folder.path}/ holds a finished run; nothing is left to resume")
+    if not (folder.path / "report.html").exists():
+        folder.own("report.html")
+        report.write_page(folder.path)
+    return summary
 
 
 def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -179,11 +224,14 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
         return None
     kept = checkpoints.extra()
     if changes := config.differences(kept["config"]):
-        raise UsageError(
-            f"--resume: the run in {str(config.output_dir)!r} has other settings: {changes}; use its own, or another "
-            f"--output-dir"
-        )
+        raise _other_settings(config, changes)
     return kept
+
+
+def _other_settings(config: GlueConfig, changes: str) -> UsageError:
+    return UsageError(
+        f"--resume: the run in {str(config.output_dir)!r} has other settings: {changes}; use its own, or another --output-dir"
+    )
 
 
 def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
@@ -286,9 +334,9 @@ def _said(plan: Plan | None) -> dict[str, Any] | None:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in said.items()}
 
 
-def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], folder: Path) -> None:
+def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], folder: Folder) -> None:
     title = f"{config.method} on {config.task}"
-    report.plot_ranks(kept["ranks"], sites, folder / "ranks.png", title=title, budget=kept["plan"]["budget"])
+    report.plot_ranks(kept["ranks"], sites, folder.own("ranks.png"), title=title, budget=kept["plan"]["budget"])
 
 
 def _changed(start: methods.Start, model: Pretrained) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.config import STAGED, GlueConfig
+from experiments.folder import Folder
 from experiments.pruning import Pruner, final_ranks
 from experiments.recording import Clock, Recorder, versions
 from experiments.tasks import Task
@@ -44,6 +45,7 @@ class Finished(NamedTuple):
     """
 
     config: GlueConfig
+    folder: Folder
     task: Task
     model: Pretrained
     initial: Adapters | None
@@ -58,8 +60,7 @@ class Finished(NamedTuple):
 
 def write(run: Finished) -> dict[str, Any]:
     """Write everything, print the end of the run, and return what `summary.json` holds."""
-    folder, plan, events = run.config.output_dir, run.kept["plan"], run.pruner.events
-    assert folder is not None
+    folder, plan, events = run.folder, run.kept["plan"], run.pruner.events
     ranks = final_ranks(run.state.masks, run.sites) if plan else run.kept["ranks"]
     summary = {
         "method": run.config.method, "model": run.config.model, "task": run.task.name, "seed": run.config.seed,
@@ -76,15 +77,16 @@ def write(run: Finished) -> dict[str, Any]:
         summary |= {"adapter_params_at_start": run.kept["adapter_params"], "ranks_at_start": run.kept["ranks"]}
         title = f"{run.config.method} on {run.task.name}"
         report.plot_pruning(
-            run.recorder.history(), events, folder / "pruning.png", title=title, metric=run.task.metric,
+            run.recorder.history(), events, folder.own("pruning.png"), title=title, metric=run.task.metric,
             budget=events[-1].get("budget"),
         )  # fmt: skip
-        report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder / "ranks_after.png", title=title)
+        report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder.own("ranks_after.png"), title=title)
     saved, sizes = _save(run)
     summary |= {**sizes, "seconds": run.clock.total(), "versions": versions(), "config": run.config.plain()}
-    report.write_json(folder / "summary.json", summary)
-    report.write_page(folder)
-    _conclude(summary, folder, saved)
+    report.write_json(folder.own("summary.json"), summary)
+    folder.own("report.html")
+    report.write_page(folder.path)
+    _conclude(summary, folder.path, saved)
     return summary
 
 
@@ -95,21 +97,22 @@ def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
 
 def _save(run: Finished) -> tuple[str, dict[str, int]]:
     """Save what was trained; return the name of its folder, if any, and the sizes of a model that was pruned."""
-    folder, model = run.config.output_dir, run.model
-    assert folder is not None
+    folder, model = run.folder, run.model
     adapters, masks = run.method.seen(run.state.adapters, run.state.masks)
     if run.config.method in STAGED:
         small = extract(model.config, model.params, adapters, masks)
         params = merge(small.params, small.adapters, masks)
-        save_classifier(folder / "model", small.config, params, tokenizer=model.folder)
+        save_classifier(folder.own("model"), small.config, params, tokenizer=model.folder)
+        folder.complete("model")
         before, after = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model.params, params))
         return "model", {"model_params_at_start": before, "model_params": after}
     if run.config.method in _NO_LORA:
         return "", {}
     save_peft(
-        adapters, masks, folder / "adapter",
+        adapters, masks, folder.own("adapter"),
         torch_paths=model.torch_paths, params=model.params, base_model=run.config.model, initial=run.initial,
     )  # fmt: skip
+    folder.complete("adapter")
     return "adapter", {}
 
 

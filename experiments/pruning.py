@@ -35,10 +35,6 @@ class Pruner:
         self._since: tuple[int, float, float, float] | None = None  # step, training, compile and cached seconds
         self._open: dict[str, Any] | None = None  # the compaction whose effect is being measured
 
-    def steps(self) -> set[int]:
-        """Return the steps that have an event."""
-        return {number for number in range(1, self._total + 1) if self._method.triggers(number)}
-
     def begin(self, step: int) -> None:
         """Start measuring step time and compilation."""
         self._since = (step, self._clock.training(), self._clock.seconds["compile"], self._clock.cached)

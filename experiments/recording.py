@@ -1,12 +1,11 @@
-"""What a run leaves behind while it goes: the output folder, metrics.jsonl, and where the seconds went."""
+"""What a run leaves behind while it goes: metrics.jsonl, and where the seconds went."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +17,19 @@ import jax
 import numpy as np
 
 from experiments.config import GlueConfig
+from experiments.folder import Folder
 from experiments.metrics import compute
 from experiments.packing import Batches
 from experiments.tasks import Task
 from jaxprune import report
-from jaxprune.errors import UsageError
 from jaxprune.methods import Method
+from jaxprune.report.files import write_whole
 from jaxprune.train import NonFiniteError, TrainState
 
-_OURS = (
-    "summary.json", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html", "adapter", "model",
-    "checkpoints", "tensorboard",
+# What a run may leave in its folder.
+MADE = (
+    "summary.json", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html", "adapter/", "model/",
+    "checkpoints/", "tensorboard/",
 )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ class Recorder:
     def __init__(
         self,
         config: GlueConfig,
+        folder: Folder,
         task: Task,
         validation: dict[str, Batches],
         labels: dict[str, np.ndarray],
@@ -102,12 +104,11 @@ class Recorder:
         clock: Clock,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        assert config.output_dir
-        self._path, self._every = config.output_dir / "metrics.jsonl", config.log_steps
+        self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps
         self._task, self._validation, self._labels = task, validation, labels
         self._params, self._predict, self._method = params, predict, method
         self._schedule, self._clock = schedule, clock
-        self._board = _tensorboard(config.output_dir / "tensorboard") if config.tensorboard else None
+        self._board = _tensorboard(folder.own("tensorboard")) if config.tensorboard else None
         self.last: dict[str, float] = (kept or {}).get("last", {})
         self.best: float = (kept or {}).get("best", -math.inf)
 
@@ -140,8 +141,7 @@ class Recorder:
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of the evaluations on the first validation split so far, those before a resume too."""
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        return [line for line in lines if line.get("split") == self._task.validation[0]]
+        return [line for line in lines(self._path) if line.get("split") == self._task.validation[0]]
 
     def kept(self) -> dict[str, Any]:
         """Return what a resumed run must know."""
@@ -151,6 +151,7 @@ class Recorder:
         """Finish the TensorBoard file, whose writer keeps the last events back."""
         if self._board:
             self._board.close()
+            self._folder.complete("tensorboard")
 
     def _write(self, number: int, values: dict[str, Any]) -> None:
         report.append_jsonl(self._path, {"step": number, **values, "seconds": round(self._clock.total()["total"], 3)})
@@ -166,42 +167,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-def check_folder(folder: Path, may_be_finished: bool) -> None:
-    """Refuse an output folder that cannot be written, or holds a finished run that must not be touched."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output-dir {str(folder)!r} cannot be written ({existing} is no writable folder); choose another"
-        )
-    if (folder / "summary.json").exists() and not may_be_finished:
-        raise UsageError(f"--output-dir {str(folder)!r} holds a finished run; pass --overwrite or choose another")
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder, and clear it of what an earlier run left; other files in it are not touched."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _OURS:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output-dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
-
-
 def rewind(path: Path, step: int) -> None:
-    """Take the lines of steps after `step` out of metrics.jsonl: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # cut off when the process died
-            continue
-    new = path.with_suffix(".new")
-    new.write_text("".join(kept))
-    new.replace(path)
+    """Take the lines of steps after `step` out of metrics.jsonl, as a resumed run writes them again, and what is no such line."""
+    write_whole(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines(path) if line["step"] <= step))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl; one that was cut off when the process died, or is damaged, is left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append(record)
+    return found
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -245,7 +245,7 @@ def fit(
     *,
     total_steps: int,
     log: Callable[[int, dict[str, float]], None] = lambda number, metrics: None,
-    pause_at: Container[int] = (),
+    pause_at: Callable[[int], bool] = lambda number: False,
     pause: Callable[[int, TrainState], tuple[TrainState, str]] = lambda number, state: (state, ""),
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
@@ -253,7 +253,7 @@ def fit(
     """Run a training loop and return the last state.
 
     The metrics of a step are read only after the next one has been launched, so the device never waits for the host,
-    except at the steps of `pause_at`.
+    except after the steps that `pause_at` names.
 
     Args:
       step: from `make_step`.
@@ -262,7 +262,7 @@ def fit(
       batches: the batches still to do, one a step.
       total_steps: optimiser steps of the whole run, for the progress bar.
       log: called with every step's number (1, 2, ...) and its metrics as floats.
-      pause_at: numbers of the steps after which to pause.
+      pause_at: `pause_at(number)` says whether to pause after a step.
       pause: `pause(number, state) -> (state, note)`: called with the step's number and the state it left, to evaluate, to
         save or to prune; training goes on with the state it returns, and the note is shown on the progress bar.
       stop: asked after every step; when it says yes the loop ends early, with every step launched so far done.
@@ -301,9 +301,9 @@ def fit(
             state, metrics = step(params, state, batch)
             number += 1
             pending.append((number, metrics))
-            while len(pending) > (0 if number in pause_at else 1):
+            while len(pending) > (0 if pause_at(number) else 1):
                 settle()
-            if number in pause_at:
+            if pause_at(number):
                 state, note = pause(number, state)
                 names = [*leaf_names(state.adapters), "the loss"]
                 if note:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([
-    "experiments.finetune", "experiments.compare", "cvxpy", "orbax.checkpoint", "tokenizers", "pyarrow.parquet",
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "experiments.finetune", "experiments.comparison", "cvxpy", "orbax.checkpoint", "tokenizers", "pyarrow.parquet",
     *(f"transformers.models.{name}.configuration_{name}" for name in ("auto", "bert", "roberta", "distilbert")),
 ])  # fmt: skip
 
@@ -34,7 +34,7 @@ class Ended(NamedTuple):
 def command(program: str, arguments: Sequence[str], folder: Path, *, seconds: float = 180.0) -> Ended:
     """Run `python -m PROGRAM ARGUMENTS` in `folder`; status None where it had not ended in time."""
     with tempfile.TemporaryDirectory() as aside:
-        process = _FORKS.Process(target=_child, args=(program, list(arguments), str(folder), aside))
+        process = FORKS.Process(target=_child, args=(program, list(arguments), str(folder), aside))
         process.start()
         process.join(seconds)
         status = process.exitcode
@@ -68,22 +68,17 @@ def _child(program: str, arguments: list[str], folder: str, aside: str) -> None:
 
 
 def _main(program: str) -> None:
-    from experiments import compare, finetune
-    from experiments.cli import main, parse
-    from experiments.config import GlueConfig
+    from experiments import comparison, finetune
+    from experiments.cli import main
 
-    runs = {
-        "experiments.glue": lambda arguments: finetune.run(parse(GlueConfig, arguments, program)),
-        "experiments.compare": compare.run,
-    }
-    main(runs[program], program)
+    main({"experiments.glue": finetune.main, "experiments.compare": comparison.run}[program], program)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Map every path under a folder, links not followed, to its size and the time of its last change."""
     found = {}
     for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
+        for name in (name for name in (*folders, *files) if name != ".jaxprune.lock"):
             path = Path(parent) / name
             about = path.lstat()
             found[str(path.relative_to(folder))] = (about.st_size if path.is_file() else 0, about.st_mtime_ns)

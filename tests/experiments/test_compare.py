@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments import compare
+from experiments import comparison as compare
 from jaxprune import UsageError
+from tests.experiments.refusals import assert_refused
 
 
 @pytest.fixture
@@ -44,40 +45,54 @@ def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
 
 
 def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeypatch):
-    class Done:
-        returncode = 1
-
-    def fake(command, stdout, **kwargs):
-        stdout.write("experiments.glue: stopped: step 1: the loss is not finite\n")
-        return Done
-
-    there = tmp_path / "out" / "rte-bitfit-42"
-    there.mkdir(parents=True)
-    config = compare.parse(compare.GlueConfig, ["--method", "bitfit", "--task", "rte", *flags], "glue").resolve()
     seconds = {"train": 4.0, "compile": 1.0, "total": 6.0}
     summary = {"score": 50.0, "best_score": 60.0, "metric": "accuracy", "adapter_params": 7, "steps": 2}
-    (there / "summary.json").write_text(json.dumps({**summary, "seconds": seconds, "config": config.plain()}))
-    monkeypatch.setattr(compare.subprocess, "run", fake)
+
+    def fake(glue, log):
+        method, folder = glue[glue.index("--method") + 1], tmp_path / "out" / glue[-1].rsplit("/", 1)[-1]
+        if method == "lora":
+            log.write_text("experiments.glue: stopped: step 1: the loss is not finite\n")
+            return 1
+        config = compare.parse(compare.GlueConfig, ["--method", method, "--task", "rte", *flags], "glue").resolve()
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps({**summary, "seconds": seconds, "config": config.plain()}))
+        return 0
+
+    monkeypatch.setattr(compare, "_run_and_log", fake)
     with pytest.raises(UsageError, match="1 of 2 runs are missing in the table: rte with lora.*the loss is not finite"):
         compare.run(["--tasks", "rte", "--methods", "lora", "bitfit", *flags])
     (line,) = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
     assert line == "| rte, accuracy | bitfit | 50.0 | 60.0 | 7 | 2.000 | 1 | 6 |"
+    (tmp_path / "out" / "rte-bitfit-42" / "summary.json").write_text('{"score": 1}')
+    with pytest.raises(UsageError, match=r"rte-bitfit-42/summary.json' is damaged \(no 'metric' in it\); move it away"):
+        compare.run(["--tasks", "rte", "--methods", "lora", "bitfit", *flags])
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ("--methods dplra", "invalid choice 'dplra'"),
-        ("--methods lora lora:--rank", "Missing value for argument '--rank'"),
-        ("--methods lora --epochs none", "none is no int"),
-        ("--methods lora --epochs 0", "--epochs 0 is out of range"),
-        ("--methods lora --learning 3", "learning"),
-        ("--methods lora --seed 7", "give --methods, --tasks and --seeds"),
-        ("--methods lora:--task=cola", "give --methods, --tasks and --seeds"),
-        ("--seeds one", "Error parsing --seeds"),
-    ],
-)
-def test_wrong_flags_are_found_before_anything_runs(wrong, message, tmp_path):
-    with pytest.raises(UsageError, match=message):
-        compare.run([*wrong.split(), "--output-dir", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+WRONG = {
+    "--methods dplra": "invalid choice 'dplra'",
+    "--methods lora lora:--rank": "Missing value for argument '--rank'",
+    "--methods lora --epochs none": "none is no int",
+    "--methods lora --epochs 0": "--epochs 0",
+    "--methods lora --learning 3": "learning",
+    "--methods lora --seed 7": "give --methods, --tasks and --seeds",
+    "--methods lora:--task=cola": "give --methods, --tasks and --seeds",
+    "--seeds one": "--seeds",
+    "--methods": "--methods",
+    "--tasks": "--tasks",
+    "--seeds": "--seeds",
+    "--methods lora bitfit lora": "--methods lora bitfit lora: name one or more, each once",
+    "--tasks rte rte": "--tasks rte rte: name one or more, each once",
+    "--seeds 1 2 1": "--seeds 1 2 1: name one or more, each once",
+    "--methods lora --tasks rte mrcp": "unknown task 'mrcp'; nearest: mrpc",
+    "--output-dir mine": "it holds 'table.md', which no comparison made",
+    "--output-dir file": "cannot be written",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_flags_are_found_before_anything_runs(wrong, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").write_text("my own")
+    (tmp_path / "file").write_text("mine")
+    given = [] if "--output-dir" in wrong else ["--output-dir", "out"]
+    assert_refused("experiments.compare", [*wrong.split(), *given], tmp_path, WRONG[wrong])

@@ -1,4 +1,4 @@
-"""Keep the memory of one training step for the next, which on Linux CPUs saves a quarter of its time.
+"""How every command begins: Ctrl-C ends it from the first moment, malloc keeps memory, and only then are the libraries imported.
 
 XLA takes a step's temporary memory from malloc and frees it at the end. glibc gives blocks of that size back to the
 kernel, so that every step touches over a gigabyte of fresh pages, 4 KiB at a time. Told to keep what is freed, and to
@@ -11,8 +11,11 @@ work shares its threads wait for each other (`python -m experiments.bench pruned
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+
+from experiments.stopping import hold, install
 
 # One arena, as only the main one can keep large blocks; no block of its own mapping; nothing trimmed; huge pages.
 _TUNABLES = (
@@ -20,13 +23,35 @@ _TUNABLES = (
 )
 
 
-def set_up_process() -> None:
-    """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another; LAPACK gets
-    one thread.
+def start(program: str, target: str) -> None:
+    """Run a command and end the process with its status.
+
+    Args:
+      program: its name in messages, such as `experiments.glue`.
+      target: `module:function`, called with the list of arguments; the module is imported here, as that takes seconds.
+    """
+    hold()
+    _restart()
+    install(program)
+    # A line is out when it is complete, whatever ends the process; and names that are no text can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from experiments.cli import main
+
+    def run(arguments: list[str]) -> None:
+        module, _, name = target.partition(":")
+        getattr(importlib.import_module(module), name)(arguments)
+
+    main(run, program)
+
+
+def _restart() -> None:
+    """Start this Python again with malloc set to keep memory, unless it is so already or the C library is another.
 
     Glibc reads its tunables only when a process starts, hence the second start, which takes 20 ms.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux"):
         return
     try:

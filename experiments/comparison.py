@@ -1,0 +1,220 @@
+"""Run several methods on several tasks and seeds, and set them side by side.
+
+Every run is a process of its own; flags of `experiments.glue` beside those here go to all of them. Runs that are finished
+are read, not run again, and broken-off ones go on, so the command can be repeated until all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+
+from experiments.cli import parse, parse_known
+from experiments.config import GlueConfig
+from experiments.folder import Folder
+from experiments.stopping import Stop, Stopped, before_end
+from experiments.tasks import get_task
+from jaxprune.errors import UsageError
+from jaxprune.report.files import write_figure, write_whole
+
+PROGRAM = "experiments.compare"
+# What the table takes from a summary.
+_READ = ("metric", "score", "best_score", "adapter_params", "seconds", "steps", "config")
+METHODS: tuple[str, ...] = get_args(get_type_hints(GlueConfig)["method"])
+
+
+class RunError(UsageError):
+    """A run broke off; the others go on."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods on the same tasks and seeds; every other flag goes to experiments.glue, such as --epochs 3."""
+
+    methods: tuple[str, ...] = METHODS
+    """which methods; NAME:FLAGS gives one settings of its own, such as "dplora:--prune-ratio 0.8" """
+    tasks: tuple[str, ...] = ("mrpc", "rte")
+    """which tasks"""
+    seeds: tuple[int, ...] = (42,)
+    """which seeds"""
+    output_dir: Path = Path("runs/compare")
+    """where runs, table and picture go"""
+
+
+class Run(NamedTuple):
+    """One run of the comparison: its flags, and where it goes."""
+
+    task: str
+    method: str
+    seed: int
+    flags: list[str]
+    folder: Path
+
+
+def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Run what is missing, then write table.md and compare.png; return a row for each method and task."""
+    config, flags = parse_known(CompareConfig, arguments, PROGRAM)
+    for name in ("methods", "tasks", "seeds"):
+        given = getattr(config, name)
+        if not given or len(set(given)) < len(given):
+            raise UsageError(f"--{name} {' '.join(map(str, given)) or 'without a value'}: name one or more, each once")
+    with Folder(config.output_dir, ("table.md", "compare.png", "logs/"), "comparison") as folder:
+        folder.check(resume=True, overwrite=False, inputs={})
+        # A wrong setting of the last method, or a run of other settings, would otherwise be found after hours.
+        wanted = [
+            _checked(config.output_dir, task, method, seed, flags)
+            for task in config.tasks for seed in config.seeds for method in config.methods
+        ]  # fmt: skip
+        folder.begin(clear=False)
+        summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        failures = []
+        for one in wanted:
+            try:
+                summaries.setdefault((one.task, one.method), []).append(_summary(one, folder))
+            except RunError as error:
+                failures.append(f"{one.task} with {one.method} and seed {one.seed}: {error}")
+        rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
+        if not rows:
+            raise RunError("; ".join(failures))
+        text = table(rows)
+        write_whole(folder.own("table.md"), text.encode())
+        plot(rows, folder.own("compare.png"))
+        print(f"{text}\nfiles      {config.output_dir}/: table.md, compare.png, logs/, and a folder for every run")
+        if failures:
+            raise RunError(f"{len(failures)} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
+        return rows
+
+
+def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[str]) -> Run:
+    name, _, own = method.partition(":")
+    folder = parent / "-".join([task, name, *own.replace("--", "").split(), str(seed)]).replace("/", "_")
+    all_ = ["--method", name, "--task", task, "--seed", str(seed), *flags, *own.split()]
+    config = parse(GlueConfig, all_, PROGRAM).resolve()
+    if (config.method, config.task, config.seed) != (name, task, seed):
+        raise UsageError(
+            "--method, --task and --seed of single runs are not for here; give --methods, --tasks and --seeds"
+        )
+    get_task(task)
+    if (found := _read(folder)) and (changes := config.differences(found["config"])):
+        raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
+    return Run(task, method, seed, all_, folder)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a finished run, None where there is none."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        if missing := [name for name in _READ if name not in summary]:
+            raise ValueError(f"no {missing[0]!r} in it")
+        return summary
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{str(folder / 'summary.json')!r} is damaged ({str(error).splitlines()[0]}); move it away, and the run is ended "
+            f"anew from its last checkpoint"
+        ) from None
+
+
+def _summary(run: Run, folder: Folder) -> dict[str, Any]:
+    """Return what a run left behind, after running it where it has not ended."""
+    if (summary := _read(run.folder)) is None:
+        glue = ["-m", "experiments.glue", *run.flags, "--resume", "--output-dir", str(run.folder)]
+        print(f"running    python {shlex.join(glue)}", flush=True)
+        log = folder.own("logs") / f"{run.folder.name}.txt"
+        log.parent.mkdir(exist_ok=True)
+        status = _run_and_log(glue, log)
+        summary = None if status else _read(run.folder)
+        if summary is None:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"status {status}, {' '.join(last)}")
+    return summary
+
+
+def _run_and_log(glue: Sequence[str], log: Path) -> int:
+    """Run a command; a signal is passed on to it, so that it saves what it has, and ends the comparison after it."""
+    with open(log, "a") as file:
+        # A process group of its own: a Ctrl-C reaches it through this process alone, once.
+        process = subprocess.Popen(
+            [sys.executable, *glue], stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+        )
+        with (
+            process,
+            before_end(process.kill),
+            Stop("stopping the run, which saves what it has first", process.send_signal) as stop,
+        ):
+            status = process.wait()
+    if stop():
+        raise Stopped(stop.signal, f"in {shlex.join(glue[-2:])}; the same command goes on from there")
+    return status
+
+
+def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = [run["score"] for run in runs]
+    return {
+        "task": task, "method": method, "metric": runs[0]["metric"], "runs": len(runs), "score": float(np.mean(scores)),
+        "spread": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "best": float(np.mean([run["best_score"] for run in runs])),
+        "params": float(np.mean([run["adapter_params"] for run in runs])),
+        "step": float(np.mean([run["seconds"]["train"] / run["steps"] for run in runs])),
+        "compile": float(np.mean([run["seconds"]["compile"] for run in runs])),
+        "total": float(np.mean([run["seconds"]["total"] for run in runs])),
+    }  # fmt: skip
+
+
+def _named(method: str) -> str:
+    return method.replace(":--", ", ").replace(" --", ", ")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the rows out in Markdown: score of the last epoch (mean, and standard deviation over seeds), parameters, seconds."""
+    head = ("task", "method", "score", "best epoch", "adapter parameters", "s a step", "compiling, s", "in all, s")
+    lines = [head, tuple("---" for _ in head)]
+    for row in rows:
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        lines.append((
+            f"{row['task']}, {row['metric']}", _named(row["method"]),
+            f"{row['score']:.1f}{spread}", f"{row['best']:.1f}", f"{row['params']:,.0f}", f"{row['step']:.3f}",
+            f"{row['compile']:.0f}", f"{row['total']:.0f}",
+        ))  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw score against adapter parameters, one panel a task, with error bars where there are several seeds."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(6.2 * len(tasks), 4.6), dpi=150, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        here = [row for row in rows if row["task"] == task]
+        for row in here:
+            number = methods.index(row["method"])  # a method looks the same in every panel
+            marker = "osD^v<>Pp*hX"[number % 12]
+            axes.errorbar(
+                row["params"], row["score"], yerr=row["spread"], marker=marker, linestyle="none", capsize=2,
+                color=f"C{number % 10}", label=_named(row["method"]),
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("adapter parameters")
+        axes.set_ylabel(here[0]["metric"])
+        axes.set_title(task)
+        axes.grid(alpha=0.25)
+    known = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(known.values()), list(known), fontsize=7.5, loc="outside right center", frameon=False)
+    write_figure(path, figure)
