@@ -48,7 +48,9 @@ def _parse(config: type[T], arguments: Sequence[str], program: str, *, others: b
 def _one_line(box: str) -> str:
     """Fold a boxed message into one line: its first paragraph, and the flag it suggests."""
     inner = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    paragraphs = re.split(r"\n─+\n", "\n".join(inner))
+    # Where the terminal has no lines to draw with, there is no box, and its title stands over a rule of its own.
+    lines, title = (inner, 0) if inner else ([line.strip() for line in box.splitlines()], 1)
+    paragraphs = [*re.split(r"\n[─-]+\n", "\n".join(lines))[title:], ""]
     message = " ".join(paragraphs[0].split()).rstrip(".") or "the command line could not be understood"
     # Of a value that may be left open tyro says at length that it is neither None nor a number.
     message = re.sub(
