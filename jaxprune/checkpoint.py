@@ -18,6 +18,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,10 +133,12 @@ class Checkpoints:
         """
         self.wait()
         step = _step_of(state)
+        # Copies, because the next step may overwrite the buffers before they are written.
+        arrays = {name: jnp.copy(leaf) for name, leaf in _flat(state).items()}
         saved = {
             "step": step, "score": _score(score), "method": method.name if method else "",
             "key": str(jax.random.key_impl(state.key)) if _is_key(state.key) else None,
-            "adapters": _describe(state.adapters), "masks": _shapes(state.masks), "leaves": _shapes(_flat(state)),
+            "adapters": _describe(state.adapters), "masks": _shapes(state.masks), "leaves": _shapes(arrays),
             "extra": extra or {},
         }  # fmt: skip
         try:
@@ -144,17 +147,11 @@ class Checkpoints:
             saved = json.loads(json.dumps({**saved, "extra": dict(saved["extra"])}))
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"extra cannot be saved ({error}); expected a mapping that JSON can hold") from None
-        # Copies, because the next step may overwrite the buffers before they are written.
-        arrays = {name: jnp.copy(leaf) for name, leaf in _flat(state).items()}
         temporary = self.folder / f"{step}{_UNFINISHED}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"*{_UNFINISHED}"):
                 _delete(left)
-            usage, size = shutil.disk_usage(self.folder), sum(array.nbytes + 4096 for array in arrays.values())
-            # Found here, before Orbax's threads print a stack trace each. Some file systems do not say how large they are.
-            if usage.total and usage.free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary.mkdir()
         except OSError as error:
             raise self._refused(step, error.errno) from None
@@ -282,7 +279,7 @@ class Checkpoints:
         step, reason = next(iter(damaged.items()))
         others = [other for other in damaged if other != step]
         return (
-            f"checkpoint {str(self.folder / str(step))!r} is damaged ({reason})"
+            f"checkpoint {str(self.folder / str(step))!r} is not whole ({reason})"
             + (f", and so {'are those of steps' if others[1:] else 'is that of step'} {_list(others)}" if others else "")
         )  # fmt: skip
 
@@ -361,8 +358,24 @@ def _fill(folder: Path, saved: dict[str, Any], arrays: Mapping[str, jax.Array]) 
     # Orbax refuses arrays of size zero; their shapes say it all.
     host = {name: np.asarray(array) for name, array in arrays.items() if array.size}
     ocp = _orbax()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(folder / "state", args=ocp.args.StandardSave(host))
+    failed: list[Exception] = []
+
+    class Patient(ocp.type_handlers.NumpyHandler):
+        """Goes on after a write that failed: Orbax leaves the other writes to run on, and to complain, when it is gone."""
+
+        async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super()._open_and_write(*args, **kwargs)
+            except Exception as error:
+                failed.append(error)
+
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, Patient(deepcopy_host_arrays=False)))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+            writer.save(folder / "state", args=ocp.args.PyTreeSave(host))
+    finally:
+        if failed:
+            raise failed[0]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     saved = {**saved, "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files}}
     whole = {"crc32": zlib.crc32(json.dumps(saved).encode()), "checkpoint": saved}
@@ -394,7 +407,7 @@ def _description(folder: Path) -> dict[str, Any]:
         saved = whole["checkpoint"]
         sound = whole["crc32"] == zlib.crc32(json.dumps(saved).encode())
     except OSError as error:
-        raise _Damaged(f"{_DESCRIPTION}: {os.strerror(error.errno or 0)}") from None
+        raise _Damaged(_unread(_DESCRIPTION, error)) from None
     except (ValueError, TypeError, LookupError, RecursionError):
         sound = False
     if not sound:
@@ -411,11 +424,15 @@ def _checked(folder: Path) -> dict[str, Any]:
         try:
             found = _checksum(folder / name)
         except OSError as error:
-            raise _Damaged(f"{name}: {os.strerror(error.errno or 0)}") from None
+            raise _Damaged(_unread(name, error)) from None
         if found != expected:
             change = f"has {found[0]} bytes of {expected[0]}" if found[0] != expected[0] else "is not as it was written"
             raise _Damaged(f"{name} {change}")
     return saved
+
+
+def _unread(name: str, error: OSError) -> str:
+    return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {os.strerror(error.errno or 0)}"
 
 
 def _checksum(path: Path) -> list[int]:
@@ -490,7 +507,10 @@ def _step_of(state: Any) -> int:
 
 def _brief(value: Any) -> str:
     """Return the repr of a value, without its middle where it is long."""
-    said = repr(value)
+    try:
+        said = repr(value)
+    except ValueError:  # Python writes no integer of more digits
+        return f"of more than {sys.get_int_max_str_digits():,} digits"
     return said if len(said) <= 120 else f"{said[:60]}...{said[-50:]}"
 
 
@@ -524,4 +544,4 @@ def _flat(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
