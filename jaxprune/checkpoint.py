@@ -8,6 +8,7 @@ because Orbax hands back wrong values in silence where a bit has flipped on the 
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import dataclasses
 import errno
@@ -158,6 +159,7 @@ class Checkpoints:
         worker = concurrent.futures.ThreadPoolExecutor(1)
         self._writing = worker.submit(self._write, temporary, saved, arrays)
         worker.shutdown(wait=False)
+        atexit.register(self._forgotten)
 
     def wait(self) -> None:
         """Wait until everything saved so far is on disk.
@@ -165,6 +167,7 @@ class Checkpoints:
         Raises:
           UsageError: it could not be written; nothing of it is left behind.
         """
+        atexit.unregister(self._forgotten)
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -220,6 +223,13 @@ class Checkpoints:
             for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def _forgotten(self) -> None:
+        """Wait at the end of a program that did not, where it is often too late for Orbax to finish."""
+        try:
+            self.wait()
+        except Exception as error:
+            _log.warning("a checkpoint in %r is lost (%s); call wait, or use a `with` statement", str(self.folder), error)
 
     def _numbered(self) -> list[int]:
         """List the numbers that folders are named after, checkpoints or not."""
