@@ -2,8 +2,7 @@
 
 Pruning changes shapes while a run goes, so a checkpoint says itself what it holds: adapters, masks and everything made from them
 are rebuilt from its description, then filled. Writing happens in the background, aside and renamed: a checkpoint is whole or
-not there, whenever the process dies. `STEP/state/` is Orbax's; `STEP/description.json` holds a checksum of every file of it,
-because Orbax hands back wrong values in silence where a bit has flipped on the disk.
+not there, whenever the process dies.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,12 @@ import numpy as np
 import optax
 
 from jaxprune import adapters as kinds_of_adapters
+from jaxprune import checkpoint_files as files
 from jaxprune.adapters.base import leaves_of
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Method
 from jaxprune.sites import Site
 from jaxprune.train import TrainState, init_state, leaf_names
-
-_DESCRIPTION = "description.json"
-# Ends the names of what is being written or deleted; nothing else is ever swept away.
-_UNFINISHED = ".jaxprune-tmp"
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +91,10 @@ class Checkpoints:
         passed: dict[int, str] = {}
         numbered = self._numbered()
         for step in reversed(numbered):
+            new = step not in self._damaged
             try:
-                new = step not in self._damaged
                 self._check(step)
-            except _Damaged as error:
+            except files.Damaged as error:
                 passed |= {step: str(error)} if new else {}
                 continue
             if passed:
@@ -140,7 +135,7 @@ class Checkpoints:
             "step": step, "score": _score(score), "method": method.name if method else "",
             "key": str(jax.random.key_impl(state.key)) if _is_key(state.key) else None,
             "adapters": _describe(state.adapters), "masks": _shapes(state.masks), "leaves": _shapes(arrays),
-            "extra": extra or {},
+            "extra": {} if extra is None else extra,
         }  # fmt: skip
         try:
             if not isinstance(saved["extra"], Mapping):
@@ -148,11 +143,11 @@ class Checkpoints:
             saved = json.loads(json.dumps({**saved, "extra": dict(saved["extra"])}))
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"extra cannot be saved ({error}); expected a mapping that JSON can hold") from None
-        temporary = self.folder / f"{step}{_UNFINISHED}"
+        temporary = self.folder / f"{step}{files.UNFINISHED}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{_UNFINISHED}"):
-                _delete(left)
+            for left in self.folder.glob(f"[0-9]*{files.UNFINISHED}"):
+                files.delete(left)
             temporary.mkdir()
         except OSError as error:
             raise self._refused(step, error.errno) from None
@@ -167,9 +162,10 @@ class Checkpoints:
         Raises:
           UsageError: it could not be written; nothing of it is left behind.
         """
-        atexit.unregister(self._forgotten)
-        writing, self._writing = self._writing, None
-        if writing is not None:
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])  # may be interrupted, and called again
+            atexit.unregister(self._forgotten)
+            writing, self._writing = self._writing, None
             writing.result()
 
     def extra(self, step: int | None = None) -> dict[str, Any]:
@@ -217,7 +213,7 @@ class Checkpoints:
                 f"and method"
             )
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in found.items() if 0 in shape}
-        arrays |= {name: jnp.array(value) for name, value in _read(path).items()}
+        arrays |= {name: jnp.array(value) for name, value in files.read(path).items()}
         leaves = [
             jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(leaf)) if _is_key(leaf) else arrays[name]
             for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)
@@ -229,7 +225,9 @@ class Checkpoints:
         try:
             self.wait()
         except Exception as error:
-            _log.warning("a checkpoint in %r is lost (%s); call wait, or use a `with` statement", str(self.folder), error)
+            _log.warning(
+                "a checkpoint in %r is lost (%s); call wait, or use a `with` statement", str(self.folder), error
+            )
 
     def _numbered(self) -> list[int]:
         """List the numbers that folders are named after, checkpoints or not."""
@@ -247,8 +245,8 @@ class Checkpoints:
         for step in self._numbered():
             if step not in self._damaged:
                 try:
-                    described[step] = _description(self.folder / str(step))
-                except _Damaged:
+                    described[step] = files.description(self.folder / str(step))
+                except files.Damaged:
                     continue  # `latest` says so; here it is just no checkpoint
         return described
 
@@ -258,11 +256,11 @@ class Checkpoints:
     def _check(self, step: int) -> dict[str, Any]:
         """Return the description of a checkpoint after checking every file of it, once."""
         if step in self._damaged:
-            raise _Damaged(self._damaged[step])
+            raise files.Damaged(self._damaged[step])
         if step not in self._whole:
             try:
-                self._whole[step] = _checked(self.folder / str(step))
-            except _Damaged as error:
+                self._whole[step] = files.checked(self.folder / str(step))
+            except files.Damaged as error:
                 self._damaged[step] = str(error)
                 raise
         return self._whole[step]
@@ -280,7 +278,7 @@ class Checkpoints:
             if step in self._numbered():
                 return self._check(step)
             wrong = f"no checkpoint of step {_brief(step)} in {str(self.folder)!r}"
-        except _Damaged as error:
+        except files.Damaged as error:
             wrong = self._bad({step: str(error)})
         steps = self._steps()
         raise UsageError(f"{wrong}; it has {f'those of steps {_list(steps)}' if steps else 'none'}")
@@ -297,17 +295,17 @@ class Checkpoints:
         """Write a checkpoint, give it its name, and delete what need not be kept."""
         step, path = saved["step"], self.folder / str(saved["step"])
         try:
-            _fill(temporary, saved, arrays)
+            files.write(temporary, saved, arrays)
             replaced = self._move_away(path)
             temporary.rename(path)
             self._damaged.pop(step, None)
             self._whole.pop(step, None)
             if replaced:
-                _delete(replaced)
+                files.delete(replaced)
             self._thin(step)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            number = _errno(error)
+            number = files.errno_of(error)
             if number is None:
                 raise
             raise self._refused(step, number) from None
@@ -317,8 +315,8 @@ class Checkpoints:
         if not os.path.lexists(path):
             return None
         try:
-            _description(path)
-        except _Damaged as error:
+            files.description(path)
+        except files.Damaged as error:
             # Perhaps not ours to delete.
             aside, count = path.with_name(f"{path.name}.aside"), 1
             while os.path.lexists(aside):
@@ -327,7 +325,7 @@ class Checkpoints:
             path.rename(aside)
             _log.warning("%r was no whole checkpoint (%s) and is now %r", str(path), error, str(aside))
             return None
-        return path.rename(path.with_name(f"{path.name}.old{_UNFINISHED}"))
+        return path.rename(path.with_name(f"{path.name}.old{files.UNFINISHED}"))
 
     def _thin(self, step: int) -> None:
         """Delete all but the latest, the best and the one just saved."""
@@ -337,7 +335,7 @@ class Checkpoints:
         for number in described.keys() - kept:
             path = self.folder / str(number)
             # Out of the list first: a process that dies meanwhile leaves no half of it there.
-            _delete(path.rename(path.with_name(f"{number}.old{_UNFINISHED}")))
+            files.delete(path.rename(path.with_name(f"{number}.old{files.UNFINISHED}")))
             self._whole.pop(number, None)
 
     def _refused(self, step: int, number: int | None) -> UsageError:
@@ -356,117 +354,14 @@ class Checkpoints:
                 f"pass its class in kinds"
             )
         leaves = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in of["leaves"].items()}
-        return self._kinds[of["kind"]](**leaves, **of["settings"])
-
-
-class _Damaged(Exception):
-    """A checkpoint is not what was written; the message says what is wrong."""
-
-
-def _fill(folder: Path, saved: dict[str, Any], arrays: Mapping[str, jax.Array]) -> None:
-    """Write the arrays, then the description with a checksum of each file they are in, and of itself."""
-    # Orbax refuses arrays of size zero; their shapes say it all.
-    host = {name: np.asarray(array) for name, array in arrays.items() if array.size}
-    ocp = _orbax()
-    failed: list[Exception] = []
-
-    class Patient(ocp.type_handlers.NumpyHandler):
-        """Goes on after a write that failed: Orbax leaves the other writes to run on, and to complain, when it is gone."""
-
-        async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
-            try:
-                await super()._open_and_write(*args, **kwargs)
-            except Exception as error:
-                failed.append(error)
-
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, Patient(deepcopy_host_arrays=False)))
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
-            writer.save(folder / "state", args=ocp.args.PyTreeSave(host))
-    finally:
-        if failed:
-            raise failed[0]
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    saved = {**saved, "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files}}
-    whole = {"crc32": zlib.crc32(json.dumps(saved).encode()), "checkpoint": saved}
-    with open(folder / _DESCRIPTION, "w", encoding="ascii") as file:
-        json.dump(whole, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(folder: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a checkpoint that is known to be whole."""
-    ocp = _orbax()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(folder / "state", args=ocp.args.StandardRestore())
-
-
-def _orbax() -> Any:
-    import orbax.checkpoint as ocp
-
-    # Orbax reports on every step it takes; what a user must know is raised or returned.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return ocp
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    """Read what a folder says of itself; anything but a description of this very folder is damage."""
-    try:
-        whole = json.loads((folder / _DESCRIPTION).read_bytes())
-        saved = whole["checkpoint"]
-        sound = whole["crc32"] == zlib.crc32(json.dumps(saved).encode())
-    except OSError as error:
-        raise _Damaged(_unread(_DESCRIPTION, error)) from None
-    except (ValueError, TypeError, LookupError, RecursionError):
-        sound = False
-    if not sound:
-        raise _Damaged(f"{_DESCRIPTION} is not as it was written")
-    if str(saved["step"]) != folder.name:
-        raise _Damaged(f"it was saved as step {saved['step']}")
-    return saved
-
-
-def _checked(folder: Path) -> dict[str, Any]:
-    """Read what a folder says of itself, and compare every file with it."""
-    saved = _description(folder)
-    for name, expected in saved["files"].items():
         try:
-            found = _checksum(folder / name)
-        except OSError as error:
-            raise _Damaged(_unread(name, error)) from None
-        if found != expected:
-            change = f"has {found[0]} bytes of {expected[0]}" if found[0] != expected[0] else "is not as it was written"
-            raise _Damaged(f"{name} {change}")
-    return saved
-
-
-def _unread(name: str, error: OSError) -> str:
-    return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {os.strerror(error.errno or 0)}"
-
-
-def _checksum(path: Path) -> list[int]:
-    """Return the size of a file and its CRC-32."""
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _delete(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
-def _errno(error: Exception) -> int | None:
-    """Return the number of the system's error behind an exception, None where there is none."""
-    if isinstance(error, OSError):
-        return error.errno
-    said = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises a ValueError that ends so
-    return int(said[1]) if said else None
+            return self._kinds[of["kind"]](**leaves, **of["settings"])
+        except TypeError:
+            fields = ", ".join((*leaves, *of["settings"]))
+            raise UsageError(
+                f"checkpoint {str(self.folder)!r} has an adapter of kind {of['kind']!r} at {path!r} with other fields "
+                f"({fields}) than the class given in kinds; pass the run's own"
+            ) from None
 
 
 def _folder(folder: str | os.PathLike[str]) -> Path:
