@@ -174,6 +174,14 @@ def test_a_description_of_another_shape_is_no_checkpoint(kind, two, caplog):
     assert "description.json is not as it was written" in caplog.text
 
 
+def test_a_flipped_bit_of_a_description_that_still_reads_is_found(two):
+    path = two / "2" / "description.json"
+    said = path.read_bytes()
+    assert said.count(b'"extra": {"step": 2}') == 1
+    path.write_bytes(said.replace(b'"extra": {"step": 2}', b'"extra": {"step": 3}'))
+    assert jp.Checkpoints(two).extra() == {"step": 1}
+
+
 def test_after_a_fallback_extra_and_state_agree_and_the_run_goes_on(two, caplog):
     data = max((two / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     flip(data)
