@@ -154,32 +154,3 @@ def test_seeds_run_side_by_side_under_vmap():
     both, _ = jax.vmap(step, in_axes=(None, 0, None))(params, states, batch)
     one, _ = step(params, state, batch)
     close(jax.tree.map(lambda leaf: leaf[0], both.adapters), one.adapters)
-
-
-def test_checkpoints_restore_every_bit(tmp_path):
-    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    params, state, step, batch = setting(chain)
-    state, _ = step(params, state, batch)
-    with jp.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, {"note": [1, None]})
-    checkpoints = jp.Checkpoints(tmp_path)
-    assert checkpoints.steps() == [1] and checkpoints.extra() == {"note": [1, None]}
-    loaded = checkpoints.restore(chain)
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    for (name, left), right in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(loaded), strict=True):
-        assert left.dtype == right.dtype and bool((left == right).all()), name
-    close(step(params, loaded, batch)[0].adapters, step(params, state, batch)[0].adapters, rtol=0)
-    with pytest.raises(jp.UsageError, match="leaves differ, first .opt_state"):
-        checkpoints.restore(optax.sgd(1e-2))
-    with pytest.raises(jp.UsageError, match="no checkpoint of step 7 .* it has those of steps 1"):
-        checkpoints.restore(chain, step=7)
-
-
-def test_the_latest_and_the_best_checkpoints_are_kept_and_half_written_ones_are_not_seen(tmp_path):
-    _, state, _, _ = setting()
-    with jp.Checkpoints(tmp_path, keep=2) as checkpoints:
-        for number, score in enumerate((1.0, 9.0, 2.0, 3.0, 4.0)):
-            checkpoints.save(state._replace(step=jnp.int32(number)), score=score)
-    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "9.orbax-checkpoint-tmp" / "state").mkdir()
-    assert jp.Checkpoints(tmp_path).steps() == [1, 3, 4]

@@ -180,6 +180,7 @@ def adalora(
         penalty=(lambda adapters: orthogonal * orthogonality(adapters)) if orthogonal else None,
         project=project,
         compact=compact,
+        name="adalora",
     )
 
 

@@ -90,6 +90,7 @@ class Method(NamedTuple):
       probes: what else to measure in the backward pass.
       compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
         `jaxprune.prune.survivors`, and `jaxprune.prune.gather` does it for trees shaped like the adapters.
+      name: what a checkpoint remembers it by, and refuses another method by; an empty name goes with any.
     """
 
     start: Callable[[Context], Start]
@@ -102,6 +103,7 @@ class Method(NamedTuple):
     view: Callable[..., Any] | None = None
     probes: Probes | None = None
     compact: Callable[..., Any] = lambda state, kept: state
+    name: str = ""
 
     def seen(self, adapters: Adapters, masks: Masks) -> tuple[Adapters, Masks]:
         """Return what a forward pass outside training sees: to evaluate, merge and export."""

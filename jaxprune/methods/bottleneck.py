@@ -35,7 +35,7 @@ def houlsby(
       activation: `gelu`, `relu`, `silu` or `tanh`.
       types: types of the sites that end the attention and the MLP; `("o_proj", "down_proj")` in decoders.
     """
-    return _bottleneck(reduction, width, activation, types)
+    return _bottleneck("houlsby", reduction, width, activation, types)
 
 
 def pfeiffer(
@@ -46,19 +46,19 @@ def pfeiffer(
     types: Sequence[str] = ("fc2",),
 ) -> Method:
     """Train a bottleneck after each MLP; arguments as for `houlsby`."""
-    return _bottleneck(reduction, width, activation, types)
+    return _bottleneck("pfeiffer", reduction, width, activation, types)
 
 
-def _bottleneck(reduction: float, width: int | None, activation: str, types: Sequence[str]) -> Method:
+def _bottleneck(name: str, reduction: float, width: int | None, activation: str, types: Sequence[str]) -> Method:
     if (reduction if width is None else width) < 1:
         raise UsageError(f"reduction={reduction}, width={width} leave no unit; expected 1 or more")
 
     def start(context: Context) -> Start:
         known = {site.type for site in context.sites}
-        for name in types:
-            if name not in known:
+        for kind in types:
+            if kind not in known:
                 raise UsageError(
-                    f"no site of type {name!r} to put a bottleneck after; nearest types: {nearest(name, known)}; set types"
+                    f"no site of type {kind!r} to put a bottleneck after; nearest types: {nearest(kind, known)}; set types"
                 )
         units = {
             site.path: (width or max(1, int(site.d_out / reduction))) if site.type in types else 0
@@ -70,4 +70,4 @@ def _bottleneck(reduction: float, width: int | None, activation: str, types: Seq
         plan = Plan(units, math.nan, status, math.nan, 0.0, "uniform", cost, cost, tuple(context.sites))
         return Start(adapters, masks, plan)
 
-    return Method(start)
+    return Method(start, name=name)

@@ -49,4 +49,4 @@ def with_dora(method: Method) -> Method:
         params = context.params if begun.params is None else begun.params
         return begun._replace(adapters=to_dora(begun.adapters, params))
 
-    return method._replace(start=start)
+    return method._replace(start=start, name=method.name and f"dora+{method.name}")

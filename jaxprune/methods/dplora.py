@@ -202,7 +202,13 @@ def dplora(
         return state._replace(importance=stay(state.importance), total=stay(state.total))
 
     return Method(
-        start, init=init, observe=observe, decide=decide, triggers=lambda number: number in steps, compact=compact
+        start,
+        init=init,
+        observe=observe,
+        decide=decide,
+        triggers=lambda number: number in steps,
+        compact=compact,
+        name="dplora",
     )
 
 

@@ -43,7 +43,7 @@ def dylora(*, rank: int = 8, frozen: bool = True, alpha: float | None = None, dr
         drawn = jax.random.randint(key, (), 1, rank + 1)
         return _cut(adapters, masks, drawn, frozen)
 
-    return Method(start, view=view)
+    return Method(start, view=view, name="dylora")
 
 
 def at_rank(adapters: Adapters, masks: Masks, rank: int) -> tuple[dict, dict]:

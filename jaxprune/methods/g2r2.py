@@ -244,6 +244,7 @@ def g2r2(
         triggers=triggers,
         probes=probes,
         compact=compact,
+        name="g2r2",
     )
 
 

@@ -20,4 +20,4 @@ def lora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> 
         plan = uniform_plan(context.sites, rank)
         return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
 
-    return Method(start)
+    return Method(start, name="lora")

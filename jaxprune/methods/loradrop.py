@@ -86,7 +86,7 @@ def loradrop(
                     new_adapters[user], new_masks[user] = lora, mask
         return new_adapters, new_masks
 
-    return Method(start, decide=decide, triggers=lambda number: number == measure_at, view=view)
+    return Method(start, decide=decide, triggers=lambda number: number == measure_at, view=view, name="loradrop")
 
 
 def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:

@@ -29,4 +29,4 @@ def lorafa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -
         begun = plain.start(context)
         return begun._replace(adapters=to_lorafa(begun.adapters))
 
-    return Method(start)
+    return Method(start, name="lorafa")

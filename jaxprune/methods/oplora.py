@@ -55,4 +55,4 @@ def oplora(
         )
         return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
 
-    return Method(start)
+    return Method(start, name="oplora")

@@ -69,7 +69,7 @@ def pissa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, ni
             flat[f"{path}/kernel"] = rest
         return Start(adapters, masks, plan, unflatten(flat))
 
-    return Method(start)
+    return Method(start, name="pissa")
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "scale", "niter"))

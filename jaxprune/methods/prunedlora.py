@@ -236,6 +236,7 @@ def prunedlora(
         triggers=lambda number: bool(due(number)),
         probes=probes,
         compact=compact,
+        name="prunedlora",
     )
 
 

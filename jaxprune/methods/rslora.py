@@ -23,4 +23,4 @@ def rslora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -
         scale = (8.0 if alpha is None else alpha) / math.sqrt(max(rank, 1))  # rank 0 is refused below
         return Start(*init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan)
 
-    return Method(start)
+    return Method(start, name="rslora")

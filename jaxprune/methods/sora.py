@@ -90,6 +90,7 @@ def sora(
         triggers=lambda number: number == total_steps,
         penalty=regular if penalty else None,
         project=project,
+        name="sora",
     )
 
 

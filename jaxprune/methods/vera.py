@@ -31,4 +31,4 @@ def vera(*, rank: int = 256, d_initial: float = 0.1, dropout: float = 0.0) -> Me
         adapters = init_vera(context.key, context.sites, rank=rank, d_initial=d_initial, dropout=dropout)
         return Start(adapters, {}, None)
 
-    return Method(start, view=lambda adapters, masks, key, step: (share_pair(adapters), masks))
+    return Method(start, view=lambda adapters, masks, key, step: (share_pair(adapters), masks), name="vera")

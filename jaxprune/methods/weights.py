@@ -8,9 +8,9 @@ from jaxprune.methods.base import Method, Start
 
 def full() -> Method:
     """Train every parameter."""
-    return Method(lambda context: Start(init_weights(context.params, ""), {}, None))
+    return Method(lambda context: Start(init_weights(context.params, ""), {}, None), name="full")
 
 
 def bitfit() -> Method:
     """Train the bias of every layer and of every normalisation, and nothing else."""
-    return Method(lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None))
+    return Method(lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None), name="bitfit")
