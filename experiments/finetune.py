@@ -163,7 +163,8 @@ def _run(
     def save(state: TrainState) -> None:
         with clock.timing("save"):
             score = recorder.last.get(task.metric)
-            checkpoints.save(state, {**kept, **recorder.kept(), "events": pruner.events}, score=score)
+            known = {**kept, **recorder.kept(), "events": pruner.events}
+            checkpoints.save(state, known, method=method, score=score)
 
     def pause(number: int, state: TrainState) -> tuple[TrainState, str]:
         if method.triggers(number):
@@ -219,7 +220,7 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
     """Return what the run in the output folder knew when it was last saved, or None where a run begins."""
     if not config.resume:
         return None
-    if not checkpoints.steps():
+    if checkpoints.latest() is None:
         print(f"note       nothing to resume in {checkpoints.folder}; the run begins")
         return None
     kept = checkpoints.extra()

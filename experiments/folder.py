@@ -23,7 +23,7 @@ from jaxprune.report.files import write_json
 MARKER, LOCK = ".jaxprune.json", ".jaxprune.lock"
 # Files and folders that are written beside their place, as a process leaves them that is killed before it moves them there.
 _UNFINISHED = re.compile(r"\..+\.\d+\.(new|old)")
-_STEP = re.compile(r"\d+(\..*)?")  # what Orbax makes in checkpoints/
+_STEP = re.compile(r"\d+(\.old)?(\.jaxprune-tmp)?")  # what is made in checkpoints/
 
 
 class Folder:

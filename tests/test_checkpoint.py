@@ -443,7 +443,7 @@ def _save_below_a_limit(folder: str) -> None:
 
 
 def test_a_limit_on_files_is_said_in_one_line(tmp_path):
-    process = refusals._FORKS.Process(target=_save_below_a_limit, args=(str(tmp_path),))
+    process = refusals.FORKS.Process(target=_save_below_a_limit, args=(str(tmp_path),))
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -466,7 +466,7 @@ def _save_in_a_loop(folder: str) -> None:
 def test_whenever_the_process_is_killed_the_newest_checkpoint_is_whole(tmp_path, caplog):
     rng, newest = random.Random(0), []
     for _ in range(20):
-        process = refusals._FORKS.Process(target=_save_in_a_loop, args=(str(tmp_path),))
+        process = refusals.FORKS.Process(target=_save_in_a_loop, args=(str(tmp_path),))
         process.start()
         last = newest[-1] if newest else 0
         until = time.monotonic() + 60
