@@ -19,11 +19,13 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Lora, Masks, init_lora
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 
 
-def dylora(*, rank: int = 8, frozen: bool = True, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Train one LoRA for all ranks up to `rank`.
 
     Args:

@@ -6,10 +6,12 @@ import math
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 
 
-def rslora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def rslora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank, and the scale s = alpha / sqrt(rank).
 
     Args:
@@ -20,7 +22,7 @@ def rslora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        scale = (8.0 if alpha is None else alpha) / math.sqrt(max(rank, 1))  # rank 0 is refused below
+        scale = (8.0 if alpha is None else alpha) / math.sqrt(rank)
         return Start(*init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan)
 
     return Method(start)
