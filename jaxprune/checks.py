@@ -11,6 +11,7 @@ import math
 import numbers
 import operator
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -28,6 +29,8 @@ MOST_RANK = 2**16
 # Longer lists are a mistake, and would take minutes to look through.
 _MOST_ITEMS = 2**17
 _FLOAT32 = np.finfo(np.float32)
+# Control characters, halves of characters (bytes that are no UTF-8), and separators of lines.
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ def check(name: str, value: Any, kind: Any) -> Any:
     if kind is str:
         if words is not None:
             return one_of(name, value, words.known, fold=words.fold)
-        if not isinstance(value, str) or not value.strip() or not value.isprintable():
-            raise UsageError(f"{name} {shown(value)} cannot be used; expected a text of characters that can be printed")
+        if not isinstance(value, str) or not value.strip() or any(unicodedata.category(c) in _UNSEEN for c in value):
+            raise UsageError(f"{name} {shown(value)} cannot be used; expected a text, not empty, that can be printed")
         return value
     assert _is_function(kind), f"{name} has the annotation {kind}, which says nothing that could be checked"
     if not callable(value):
