@@ -16,7 +16,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from experiments.presets import preset
 from experiments.settings import check_once, further
-from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, Range, check, shown
+from jaxprune.allocate import SOLVERS
+from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check, shown
 from jaxprune.errors import UsageError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -179,7 +180,7 @@ class GlueConfig:
     """what oplora and dplora score sites by before training [absolute]"""
     score_batches: Annotated[int, Range(1)] = 5
     """batches, of at most 500 samples together, that sites are scored on"""
-    solver: str = "auto"
+    solver: Annotated[str, OneOf(SOLVERS, fold=True)] = "auto"
     """auto, CBC, GLPK_MI, HIGHS or DP"""
     time_limit: Annotated[float, Range(above=0), HostOnly()] = 60.0
     """seconds the solver may take; then its best plan so far is used, and said to be so"""

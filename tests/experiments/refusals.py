@@ -52,8 +52,8 @@ def _child(program: str, arguments: list[str], folder: str, aside: str) -> None:
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(os.path.join(aside, name), os.O_WRONLY | os.O_CREAT)
             os.dup2(file, descriptor)
-        sys.stdout = open(1, "w", closefd=False, errors="strict")  # noqa: SIM115
-        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False, errors="strict")  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, errors="backslashreplace")  # noqa: SIM115
         sys.argv = [program, *arguments]
         _main(program)
         status = 0
