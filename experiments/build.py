@@ -31,14 +31,21 @@ def make_method(config: GlueConfig, total_steps: int, encoder: EncoderConfig) ->
 
 
 def method_settings(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> dict[str, Any]:
-    """Return every setting that the method's factory takes: from flags, from the run, and from `--set`."""
+    """Return every setting that the method's factory takes: from flags, from the run, and from `--set`.
+
+    Raises:
+      UsageError: LoRA-drop would measure before there is anything, or never.
+    """
     accepts = kinds(config.method)
     assert config.rank and config.budget_schedule
+    delay = warmup_steps(config, total_steps)
+    # The first step of a warm-up changes nothing, and before the first change there is no output to measure.
+    earliest = 2 if delay else 1
     offered: dict[str, Any] = {
         "rank": config.rank, "ranks": range(config.rank + 1), "target_rank": config.rank,
         "init_rank": -(-3 * config.rank // 2), "alpha": config.alpha, "dropout": config.lora_dropout,
-        "total_steps": total_steps, "delay": warmup_steps(config, total_steps), "solver": config.solver,
-        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(1, total_steps // 10),
+        "total_steps": total_steps, "delay": delay, "solver": config.solver,
+        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(earliest, total_steps // 10),
         "target": config.prune_ratio, "schedule": schedules.budget_schedule(config.budget_schedule),
         "rescale": config.scaling == "grow",
     }  # fmt: skip
@@ -52,7 +59,13 @@ def method_settings(config: GlueConfig, total_steps: int, encoder: EncoderConfig
     }
     if config.method == "prunedlora":
         given["target"] = max(1, config.rank // 2)
-    return {**given, **further(config.method, config.set)}
+    settings = {**given, **further(config.method, config.set)}
+    if not earliest <= settings.get("measure_at", earliest) <= max(earliest, total_steps):
+        raise UsageError(
+            f"measure_at {settings['measure_at']} is out of range; expected a step from {earliest}, the first that changes "
+            f"anything, to {total_steps}, the last"
+        )
+    return settings
 
 
 def check_sites(sites: Sequence[Site], settings: Mapping[str, Any], trained_whole: str = DEFAULT_EXCLUDE) -> None:

@@ -223,9 +223,9 @@ class GlueConfig:
     """decoupled weight decay [0.01]"""
     max_grad_norm: NotNegative = None
     """clip gradients to this global norm; 0 clips nothing [1.0]"""
-    batch_size: Annotated[Whole, Range(1, 2**20)] = None
+    batch_size: Annotated[Whole, Range(1, 2**16)] = None
     """examples a step [32]"""
-    accumulate: Annotated[int, Range(1, 2**20)] = 1
+    accumulate: Annotated[int, Range(1, 2**16)] = 1
     """split each batch into so many microbatches to save memory"""
     max_length: Annotated[Whole, Range(3)] = None
     """truncate examples to so many tokens [128]"""

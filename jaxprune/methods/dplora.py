@@ -119,6 +119,13 @@ def dplora(
             f"recovery of {recovery} steps does not fit between events {interval:.0f} steps apart; expected fewer "
             f"recovery steps, fewer events, or a longer run"
         )
+    # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
+    earliest = 3 if delay else 2
+    if importance == "training" and steps[0] < earliest:
+        raise UsageError(
+            f"{events} pruning events put the first after step {steps[0]}, and nothing can be measured before step "
+            f"{earliest}; ask for fewer events, or a longer run"
+        )
     first = oplora(
         budget=budget, time_budget=time_budget, score=score, ranks=ranks, solver=solver, time_limit=time_limit,
         alpha=alpha, dropout=dropout,

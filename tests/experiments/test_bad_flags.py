@@ -160,6 +160,15 @@ RUN = {
     "impossible budget": (["--budget", "100"], r"no plan fits a budget of 100.*raise the budget to \d+"),
     "more epochs than steps": (["--epochs", HUGE], rf"--epochs {HUGE} of 2 steps.*set --max-steps"),
     "events that do not fit": (["--method", "dplora", "--events", "50"], r"50 pruning events do not fit"),
+    "events before anything is learned": (
+        ["--method", "dplora", "--max-steps", "2", "--events", "1"],
+        r"1 pruning events put the first after step 1, and nothing can be measured before step 2",
+    ),
+    "measured before anything is learned": (
+        ["--method", "loradrop", "--warmup", "1", "--set", "measure_at=1"],
+        r"measure_at 1 is out of range; expected a step from 2",
+    ),
+    "measured after the end": (["--method", "loradrop", "--set", "measure_at=999"], r"measure_at 999 is out of range"),
     "longer than the model": (["--max-length", HUGE], rf"--max-length {HUGE} is more than the model's 48"),
     "too short for any text": (["--max-length", "4"], r"max_length is 4"),
     "missing data folder": (["--data-dir", "nowhere"], r"nowhere.*not a folder"),
@@ -222,8 +231,9 @@ ACCEPTED = {
     "budget above all sites": f"--max-steps 1 --budget {HUGE} --rank 36 --alpha 1.2e-38 --lora-dropout 0.9999999",
     "a batch above the data": "--method bitfit --max-steps 1 --batch-size 1024 --accumulate 512",
     "a shared pair above all kernels": "--method vera --max-steps 1 --rank 4096",
-    "many pruning events": (
-        "--method dplora --max-steps 4 --events 3 --recovery-steps 0 --momentum 0 --stability 0 --ema-decay 0 "
+    "sharing from the first change on": "--method loradrop --max-steps 2 --warmup 1",
+    "early pruning events": (
+        "--method dplora --max-steps 6 --events 2 --recovery-steps 0 --momentum 0 --stability 0 --ema-decay 0 "
         "--prune-ratio 0 --warmup 0 --time-budget 1"
     ),
 }  # fmt: skip
