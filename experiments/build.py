@@ -82,8 +82,8 @@ def check_sites(sites: Sequence[Site], settings: Mapping[str, Any], trained_whol
     inside = [site.path for site in sites if re.search(trained_whole, site.path)]
     if inside:
         raise UsageError(
-            f"--targets matches {inside[0]!r}, which belongs to the head and takes no adapter; name other kernels, such as "
-            f"query,value"
+            f"--targets matches {inside[0]!r}, which belongs to the head and takes no adapter; give more of the paths that "
+            f"are meant, such as attention/out"
         )
     # A pair of factors at each site has a scale alpha / rank; a pair that all sites share has none and may be of any rank.
     rank = max(settings.get("init_rank", 0), settings.get("rank", 0), *settings.get("ranks", ()))

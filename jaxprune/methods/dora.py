@@ -33,6 +33,9 @@ def dora(
       alpha: numerator of s = alpha / rank; None for what `init` takes: 2 * rank for LoRA, rank for PiSSA.
       dropout: rate of the dropout on the adapters' inputs.
       init: `"lora"`, or `"pissa"` for factors taken out of the kernels.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
     return with_dora((lora if init == "lora" else pissa)(rank=rank, alpha=alpha, dropout=dropout))
 

@@ -33,6 +33,9 @@ def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None
       frozen: train only component b of a step that drew b; otherwise the first b.
       alpha: numerator of s = alpha / b; None for 2 * rank.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

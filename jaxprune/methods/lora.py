@@ -16,6 +16,9 @@ def lora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0)
       rank: components at each site.
       alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

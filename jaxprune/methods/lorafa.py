@@ -24,6 +24,9 @@ def lorafa(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.
       rank: components at each site.
       alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
     plain = lora(rank=rank, alpha=alpha, dropout=dropout)
 

@@ -54,6 +54,9 @@ def oplora(
       time_limit: seconds the solver may take.
       alpha: numerator of s = alpha / r at each site; None for twice the rank, that is s = 2 everywhere.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
     check_ranks(ranks)
 

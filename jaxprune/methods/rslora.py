@@ -18,6 +18,9 @@ def rslora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.
       rank: components at each site.
       alpha: numerator of s; None for 8, PEFT's default.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

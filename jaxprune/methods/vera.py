@@ -27,6 +27,9 @@ def vera(*, rank: Rank = 256, d_initial: Positive = 0.1, dropout: Share = 0.0) -
       rank: components of the shared pair; VeRA wants many.
       d_initial: the start of d.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:
