@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
 
 from experiments.config import USES, GlueConfig
+from experiments.settings import further, kinds
 from jaxprune import methods, schedules
 from jaxprune.adapters.base import leaves_of
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError
 from jaxprune.methods import Method
 from jaxprune.methods.channelmask import stage_end
 from jaxprune.models import EncoderConfig
+from jaxprune.sites import DEFAULT_EXCLUDE, Site
 
 
 def make_method(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> Method:
-    """Make the method that the settings name, with every setting that its factory takes.
+    """Make the method that the settings name.
 
     Raises:
-      UsageError: `--set` names a setting the method does not have, or gives it a value of another kind.
+      UsageError: its settings do not fit together, or not into the run.
     """
-    factory = getattr(methods, config.method)
-    accepts = inspect.signature(factory).parameters
+    return getattr(methods, config.method)(**method_settings(config, total_steps, encoder))
+
+
+def method_settings(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> dict[str, Any]:
+    """Return every setting that the method's factory takes: from flags, from the run, and from `--set`.
+
+    Raises:
+      UsageError: LoRA-drop would measure before there is anything, or never.
+    """
+    accepts = kinds(config.method)
     assert config.rank and config.budget_schedule
+    delay = warmup_steps(config, total_steps)
+    # The first step of a warm-up changes nothing, and before the first change there is no output to measure.
+    earliest = 2 if delay else 1
     offered: dict[str, Any] = {
         "rank": config.rank, "ranks": range(config.rank + 1), "target_rank": config.rank,
         "init_rank": -(-3 * config.rank // 2), "alpha": config.alpha, "dropout": config.lora_dropout,
-        "total_steps": total_steps, "delay": warmup_steps(config, total_steps), "solver": config.solver,
-        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(1, total_steps // 10),
+        "total_steps": total_steps, "delay": delay, "solver": config.solver,
+        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(earliest, total_steps // 10),
         "target": config.prune_ratio, "schedule": schedules.budget_schedule(config.budget_schedule),
         "rescale": config.scaling == "grow",
     }  # fmt: skip
@@ -46,37 +59,45 @@ def make_method(config: GlueConfig, total_steps: int, encoder: EncoderConfig) ->
     }
     if config.method == "prunedlora":
         given["target"] = max(1, config.rank // 2)
-    return factory(**{**given, **_extra(config, accepts)})
+    settings = {**given, **further(config.method, config.set)}
+    if not earliest <= settings.get("measure_at", earliest) <= max(earliest, total_steps):
+        raise UsageError(
+            f"measure_at {settings['measure_at']} is out of range; expected a step from {earliest}, the first that changes "
+            f"anything, to {total_steps}, the last"
+        )
+    return settings
 
 
-def _extra(config: GlueConfig, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Read `--set name=value ...`; values are JSON where they can be, else text."""
-    extra = {}
-    for item in config.set:
-        name, equals, text = item.partition("=")
-        if not equals or name not in accepts:
-            raise UsageError(
-                f"--set {item!r} is not understood; expected NAME=VALUE with a setting of {config.method}: "
-                f"{', '.join(accepts) or 'it has none'}; nearest: {nearest(name, accepts, 1)}"
-            )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        default = accepts[name].default
-        numbers = isinstance(default, int | float) and not isinstance(default, bool)
-        if (numbers and (isinstance(value, bool) or not isinstance(value, int | float))) or (
-            isinstance(default, bool | str) and type(value) is not type(default)
-        ):
-            raise UsageError(f"--set {item!r}: {name} is {value!r}; expected a value like its default {default!r}")
-        extra[name] = value
-    return extra
+def check_sites(sites: Sequence[Site], settings: Mapping[str, Any], trained_whole: str = DEFAULT_EXCLUDE) -> None:
+    """Refuse sites that are trained whole, and ranks that no site can have.
+
+    Args:
+      sites: from `find_sites`.
+      settings: of the method, from `method_settings`.
+      trained_whole: regular expression of the paths that need no adapter.
+
+    Raises:
+      UsageError: as said.
+    """
+    inside = [site.path for site in sites if re.search(trained_whole, site.path)]
+    if inside:
+        raise UsageError(
+            f"--targets matches {inside[0]!r}, which belongs to the head and takes no adapter; give more of the paths that "
+            f"are meant, such as attention/out"
+        )
+    # A pair of factors at each site has a scale alpha / rank; a pair that all sites share has none and may be of any rank.
+    rank = max(settings.get("init_rank", 0), settings.get("rank", 0), *settings.get("ranks", ()))
+    most = max((min(site.d_in, site.d_out) for site in sites), default=0)
+    if "alpha" in settings and rank > most:
+        raise UsageError(
+            f"rank {rank} is out of range; no kernel here has a rank above {most}, its smaller side; lower --rank"
+        )
 
 
 def warmup_steps(config: GlueConfig, total_steps: int) -> int:
     """Return the steps over which the learning rate rises."""
     assert config.warmup is not None
-    return int(config.warmup * total_steps if config.warmup < 1 else config.warmup)
+    return int(config.warmup * total_steps if config.warmup < 1 else min(config.warmup, total_steps))
 
 
 def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
@@ -87,8 +108,8 @@ def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
     rest = max(total_steps - warmup, 1)
     up = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if config.schedule == "stages":
-        accepts = inspect.signature(methods.channelmask).parameters
-        share = _extra(config, accepts).get("stage", accepts["stage"].default)
+        default = inspect.signature(getattr(methods, config.method)).parameters["stage"].default
+        share = further(config.method, config.set).get("stage", default)
         # In a join, steps count from its boundary.
         down = optax.piecewise_constant_schedule(peak, {stage_end(total_steps, share) - warmup: final / peak})
     elif config.schedule == "cosine":

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.build import make_method, make_optimizer, make_schedule
+from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
 from experiments.cli import parse
-from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig
+from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig, total_steps
 from experiments.data import load_task
 from experiments.folder import Folder
 from experiments.outcome import Finished, trained, write
@@ -82,7 +82,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
 def _run(
     config: GlueConfig, task: Task, folder: Folder, checkpoints: Checkpoints, kept: dict[str, Any] | None, clock: Clock
 ) -> dict[str, Any]:
-    assert config.model and config.epochs
+    assert config.model
     use_compilation_cache()
     model = load_classifier(
         config.model,
@@ -100,11 +100,11 @@ def _run(
         f"data       {task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
         f"{data.train.tokens_per_real_token:.2f} tokens computed per real token"
     )
-    whole = config.epochs * data.train.steps_per_epoch
-    total_steps = min(config.max_steps or whole, whole)
-    schedule = make_schedule(config, total_steps)
+    steps = total_steps(config, data.train.steps_per_epoch)
+    check_sites(sites, method_settings(config, steps, model.config))
+    schedule = make_schedule(config, steps)
     forward, loss_fn, optimizer = attach(model.model), make_loss(task), make_optimizer(config, schedule)
-    method = make_method(config, total_steps, model.config)
+    method = make_method(config, steps, model.config)
     key, head_key = jax.random.split(jax.random.key(config.seed))
     context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
 
@@ -131,7 +131,7 @@ def _run(
         folder.begin(clear=False)
         rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
-        print(f"resumed    after step {int(state.step)} of {total_steps}, from {checkpoints.folder}")
+        print(f"resumed    after step {int(state.step)} of {steps}, from {checkpoints.folder}")
     head_params = trained(state.adapters, state.masks, head=True)
     print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
 
@@ -149,11 +149,11 @@ def _run(
         clock,
         kept,
     )
-    pruner = Pruner(method, optimizer, context, clock, total_steps, config.compact, kept["events"])
+    pruner = Pruner(method, optimizer, context, clock, steps, config.compact, kept["events"])
     every = config.eval_steps or data.train.steps_per_epoch
 
     def evaluated(number: int) -> bool:
-        return number % every == 0 or number == total_steps
+        return number % every == 0 or number == steps
 
     def saved(number: int) -> bool:
         return number % config.save_steps == 0 if config.save_steps else evaluated(number)
@@ -170,7 +170,7 @@ def _run(
         if method.triggers(number):
             state = pruner.after(number, state)
         note = recorder.evaluate(number, state) if evaluated(number) else ""
-        if number < total_steps and saved(number):
+        if number < steps and saved(number):
             save(state)
         return state, note
 
@@ -178,19 +178,19 @@ def _run(
     with checkpoints, Stop("stopping after this step, with everything saved") as stop:
         with clock.timing("train"):
             state = fit(
-                step, params, state, _training_batches(data.train, int(state.step), total_steps),
-                total_steps=total_steps, log=recorder.log,
+                step, params, state, _training_batches(data.train, int(state.step), steps),
+                total_steps=steps, log=recorder.log,
                 pause_at=lambda number: method.triggers(number) or evaluated(number) or saved(number),
                 pause=pause, stop=stop,
             )  # fmt: skip
         pruner.finish(int(state.step))
         recorder.close()
-        if stop() and int(state.step) < total_steps:
+        if stop() and int(state.step) < steps:
             if int(state.step) not in checkpoints.steps():
                 save(state)
                 checkpoints.wait()
             raise Stopped(stop.signal, f"after step {int(state.step)}; saved, and --resume goes on from there")
-        if total_steps not in checkpoints.steps():
+        if steps not in checkpoints.steps():
             save(state)
 
     return write(Finished(config, folder, task, model, initial, method, sites, kept, recorder, pruner, clock, state))
@@ -251,7 +251,7 @@ def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
         Batches(encoded["train"], config.batch_size, config.seed, microbatches=config.accumulate),
         evaluation_batches(validation, 4 * config.batch_size),
         {split: part.labels for split, part in validation.items()},
-        [_weighted(b) for b in Batches(few, math.ceil(len(few) / config.score_batches), None).all()],
+        [_weighted(b) for b in Batches(few, -(-len(few) // config.score_batches), None).all()],
         [single_example_batches(few, len(few))] if config.score == "squared" or config.importance == "samples" else [],
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxprune.errors import UsageError, nearest
+from jaxprune.checks import one_of, shown
+from jaxprune.errors import UsageError
 
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 
@@ -188,14 +189,11 @@ def preset(name: str, method: str, task: str) -> dict[str, Any]:
     Returns:
       {setting: value}.
     """
-    if name not in PRESETS:
-        raise UsageError(
-            f"--preset {name!r} is not known; expected one of {', '.join(PRESETS)}; nearest: {nearest(name, PRESETS, 1)}"
-        )
+    one_of("--preset", name, PRESETS)
     if method not in PRESETS[name]:
         raise UsageError(f"--preset {name} has no settings for --method {method}; it has {', '.join(PRESETS[name])}")
     if task not in PRESETS[name][method]:
         raise UsageError(
-            f"--preset {name} has no settings for --task {task}; it has {', '.join(PRESETS[name][method])}"
+            f"--preset {name} has no settings for --task {shown(task)}; it has {', '.join(PRESETS[name][method])}"
         )
     return PRESETS[name][method][task]

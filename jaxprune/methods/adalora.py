@@ -31,13 +31,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Masks, Svd, init_svd
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision, gather
@@ -61,20 +62,21 @@ class AdaLoraState(NamedTuple):
     gradients: dict[str, Svd]
 
 
+@checked
 def adalora(
     *,
-    total_steps: int,
-    init_rank: int = 12,
-    target_rank: int = 8,
-    tinit: int = 0,
-    tfinal: int = 0,
-    interval: int = 1,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-    orthogonal: float = 0.5,
-    weights: str = "before",
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    total_steps: Count,
+    init_rank: Rank = 12,
+    target_rank: Rank = 8,
+    tinit: Annotated[int, Range(0, MOST_STEPS)] = 0,
+    tfinal: Annotated[int, Range(0, MOST_STEPS)] = 0,
+    interval: Count = 1,
+    beta1: Annotated[float, Range(above=0, below=1)] = 0.85,
+    beta2: Annotated[float, Range(above=0, below=1)] = 0.85,
+    orthogonal: NotNegative = 0.5,
+    weights: Annotated[str, OneOf(WEIGHTS)] = "before",
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
 ) -> Method:
     """Train all sites at one rank, and keep the components that matter.
 
@@ -96,20 +98,13 @@ def adalora(
       UsageError: a setting is out of range.
     """
     last = total_steps - tfinal
-    if not 0 <= tinit < last <= total_steps:
+    if tinit >= last:
         raise UsageError(
             f"tinit {tinit} and tfinal {tfinal} leave none of the {total_steps} steps to prune in; "
-            f"expected 0 or more and tinit + tfinal < total_steps"
+            f"expected tinit + tfinal < total_steps"
         )
-    if not 1 <= target_rank <= init_rank:
+    if target_rank > init_rank:
         raise UsageError(f"target_rank {target_rank} is out of range; expected 1 to init_rank {init_rank}")
-    if interval < 1 or orthogonal < 0 or not (0 < beta1 < 1 and 0 < beta2 < 1):
-        raise UsageError(
-            f"interval {interval}, orthogonal {orthogonal}, beta1 {beta1}, beta2 {beta2}: expected 1 or more, 0 or more, "
-            f"and twice a number between 0 and 1"
-        )
-    if weights not in WEIGHTS:
-        raise UsageError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHTS)}")
     after = weights == "after"
 
     def start(context: Context) -> Start:

@@ -13,18 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 from jaxprune.adapters import count, init_bottleneck
+from jaxprune.adapters.bottleneck import ACTIVATIONS
 from jaxprune.allocate import Plan
+from jaxprune.checks import OneOf, Range, Rank, checked
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start
 
+Reduction = Annotated[float, Range(1)]
+Activation = Annotated[str, OneOf(tuple(ACTIVATIONS))]
 
+
+@checked
 def houlsby(
     *,
-    reduction: float = 16.0,
-    width: int | None = None,
-    activation: str = "gelu",
+    reduction: Reduction = 16.0,
+    width: Rank | None = None,
+    activation: Activation = "gelu",
     types: Sequence[str] = ("out", "fc2"),
 ) -> Method:
     """Train a bottleneck after each attention and each MLP.
@@ -38,11 +45,12 @@ def houlsby(
     return _bottleneck("houlsby", reduction, width, activation, types)
 
 
+@checked
 def pfeiffer(
     *,
-    reduction: float = 16.0,
-    width: int | None = None,
-    activation: str = "relu",
+    reduction: Reduction = 16.0,
+    width: Rank | None = None,
+    activation: Activation = "relu",
     types: Sequence[str] = ("fc2",),
 ) -> Method:
     """Train a bottleneck after each MLP; arguments as for `houlsby`."""
@@ -50,9 +58,6 @@ def pfeiffer(
 
 
 def _bottleneck(name: str, reduction: float, width: int | None, activation: str, types: Sequence[str]) -> Method:
-    if (reduction if width is None else width) < 1:
-        raise UsageError(f"reduction={reduction}, width={width} leave no unit; expected 1 or more")
-
     def start(context: Context) -> Start:
         known = {site.type for site in context.sites}
         for kind in types:

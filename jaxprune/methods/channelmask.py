@@ -34,7 +34,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ import numpy as np
 from jaxprune.adapters import Adapters, MaskedDora, mask_channels, settle
 from jaxprune.adapters.base import key_for
 from jaxprune.adapters.channel import SETTLED
+from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.dora import dora
@@ -52,24 +53,28 @@ from jaxprune.prune import Decision
 # what makes an encoder fast is the MLP.
 PRESETS = {"paper_like": ("query", "value"), "useful": ("query", "value", "fc1")}
 
+Channels = Annotated[str, OneOf(tuple(PRESETS))]
+Stage = Annotated[float, Range(above=0, high=1)]
+
 # Their channels belong to attention heads.
 _HEADED = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
 
 
+@checked
 def channelmask(
     *,
-    total_steps: int,
-    stage: float = 0.5,
-    channels: str | Sequence[str] = "useful",
-    target: float | None = None,
-    lam: float | None = None,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    heads: int = 1,
+    total_steps: Count,
+    stage: Stage = 0.5,
+    channels: Channels | Sequence[str] = "useful",
+    target: Annotated[float, Range(above=0, below=1)] | None = None,
+    lam: NotNegative | None = None,
+    rank: Rank = 8,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
+    heads: Count = 1,
     shared: bool = False,
-    start_logit: float = 3.0,
-    temperatures: tuple[float, float] = (1.0, 0.3),
+    start_logit: Annotated[float, Range(-10, 10)] = 3.0,
+    temperatures: tuple[Positive, Positive] = (1.0, 0.3),
 ) -> Method:
     """Train channel masks with DoRA, freeze them, and train on.
 
@@ -96,11 +101,6 @@ def channelmask(
         raise UsageError(f"target {target} and lam {lam} are two ways to prune; give one of them")
     if lam is None and target is None:
         target = 0.75
-    if min(first, last) <= 0 or (lam is not None and lam < 0) or not (target is None or 0 < target < 1):
-        raise UsageError(
-            f"temperatures {first}, {last}, lam {lam}, target {target} are out of range; expected above 0, 0 or more, and "
-            f"a share of channels between 0 and 1"
-        )
     end = stage_end(total_steps, stage)
     begin = 1 / (1 + math.exp(-start_logit))
     if target is not None and target > begin:
@@ -134,16 +134,17 @@ def channelmask(
     )
 
 
+@checked
 def uniformmask(
     *,
-    total_steps: int,
-    stage: float = 0.5,
-    channels: str | Sequence[str] = "useful",
-    ratio: float = 0.25,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    heads: int = 1,
+    total_steps: Count,
+    stage: Stage = 0.5,
+    channels: Channels | Sequence[str] = "useful",
+    ratio: Share = 0.25,
+    rank: Rank = 8,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
+    heads: Count = 1,
     shared: bool = False,
 ) -> Method:
     """Prune the same share of channels everywhere, those of the smallest magnitude: the control of `channelmask`.
@@ -156,8 +157,6 @@ def uniformmask(
 
     The other arguments, and what is raised, are as for `channelmask`.
     """
-    if not 0 <= ratio < 1:
-        raise UsageError(f"ratio {ratio} is out of range; expected a share of channels, 0 or more and below 1")
     end = stage_end(total_steps, stage)
 
     def decide(state, adapters, masks, step, context):
@@ -241,12 +240,9 @@ def largest(adapters: Mapping[str, MaskedDora], share: float) -> dict[str, np.nd
     return kept
 
 
-def stage_end(total_steps: int, stage: float) -> int:
+@checked
+def stage_end(total_steps: Count, stage: Stage) -> int:
     """Return the last step of stage 1."""
-    if total_steps < 1 or not 0 < stage <= 1:
-        raise UsageError(
-            f"total_steps {total_steps}, stage {stage} are out of range; expected 1 or more, and a share above 0 and up to 1"
-        )
     return max(1, round(stage * total_steps))
 
 
@@ -260,8 +256,6 @@ def _start(
     shared: bool,
     start_logit: float,
 ) -> Start:
-    if isinstance(channels, str) and channels not in PRESETS:
-        raise UsageError(f"channels {channels!r} is not known; expected one of {', '.join(PRESETS)}, or types of sites")
     types = PRESETS[channels] if isinstance(channels, str) else channels
     known = {site.type for site in context.sites}
     for name in types:

@@ -11,8 +11,10 @@ Source: "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5 and section 4.3; wh
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from jaxprune.adapters import to_dora
-from jaxprune.errors import UsageError
+from jaxprune.checks import OneOf, Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.lora import lora
 from jaxprune.methods.pissa import pissa
@@ -20,7 +22,10 @@ from jaxprune.methods.pissa import pissa
 INITS = ("lora", "pissa")
 
 
-def dora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, init: str = "lora") -> Method:
+@checked
+def dora(
+    *, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0, init: Annotated[str, OneOf(INITS)] = "lora"
+) -> Method:
     """Give every site the same rank, and a magnitude.
 
     Args:
@@ -30,10 +35,8 @@ def dora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, ini
       init: `"lora"`, or `"pissa"` for factors taken out of the kernels.
 
     Raises:
-      UsageError: `init` is unknown.
+      UsageError: a setting is out of range.
     """
-    if init not in INITS:
-        raise UsageError(f"init {init!r} is not known; expected one of {', '.join(INITS)}")
     return with_dora((lora if init == "lora" else pissa)(rank=rank, alpha=alpha, dropout=dropout))
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,10 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, count
 from jaxprune.allocate import prune_problem, solve
+from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.methods.oplora import oplora
+from jaxprune.methods.oplora import Budget, Ranks, Score, Seconds, Solver, TimeBudget, oplora
 from jaxprune.prune import Decision, trim
 from jaxprune.schedules import Schedule, bezier, event_steps
 from jaxprune.scores import component_norms
@@ -66,27 +67,28 @@ class DploraState(NamedTuple):
     start: jax.Array
 
 
+@checked
 def dplora(
     *,
-    total_steps: int,
-    target: float = 0.6,
-    events: int = 10,
-    delay: int = 0,
-    recovery_steps: int | None = None,
+    total_steps: Count,
+    target: Share = 0.6,
+    events: Count = 10,
+    delay: Annotated[int, Range(0, MOST_STEPS)] = 0,
+    recovery_steps: Annotated[int, Range(0, MOST_STEPS)] | None = None,
     schedule: Schedule = bezier(),  # noqa: B008
-    ema_decay: float = 0.9,
-    momentum: float = 0.1,
-    stability: float = 0.05,
-    importance: str = "training",
+    ema_decay: Share = 0.9,
+    momentum: NotNegative = 0.1,
+    stability: NotNegative = 0.05,
+    importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
     rescale: bool = False,
-    budget: int | None = None,
-    time_budget: float | None = None,
-    score: str = "absolute",
-    ranks: Sequence[int] = range(17),
-    solver: str = "auto",
-    time_limit: float = 60.0,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    budget: Budget | None = None,
+    time_budget: TimeBudget | None = None,
+    score: Score = "absolute",
+    ranks: Ranks = range(17),
+    solver: Solver = "auto",
+    time_limit: Seconds = 60.0,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
 ) -> Method:
     """Choose ranks by a MILP before training, and lower them by further MILPs during it.
 
@@ -109,9 +111,6 @@ def dplora(
       UsageError: a setting is out of range, the events do not fit, or (by `start`) the types of sites cannot all keep a rank
         within the last budget.
     """
-    _check(target=target, ema_decay=ema_decay)
-    if importance not in IMPORTANCES:
-        raise UsageError(f"importance {importance!r} is not known; expected one of {', '.join(IMPORTANCES)}")
     steps = event_steps(events, total_steps, delay)
     interval = (total_steps - delay) / (events + 1)
     recovery = min(100, int(interval / 2)) if recovery_steps is None else recovery_steps
@@ -119,6 +118,13 @@ def dplora(
         raise UsageError(
             f"recovery of {recovery} steps does not fit between events {interval:.0f} steps apart; expected fewer "
             f"recovery steps, fewer events, or a longer run"
+        )
+    # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
+    earliest = 3 if delay else 2
+    if importance == "training" and steps[0] < earliest:
+        raise UsageError(
+            f"{events} pruning events put the first after step {steps[0]}, and nothing can be measured before step "
+            f"{earliest}; ask for fewer events, or a longer run"
         )
     first = oplora(
         budget=budget, time_budget=time_budget, score=score, ranks=ranks, solver=solver, time_limit=time_limit,
@@ -275,9 +281,3 @@ def _least(adapters: Adapters) -> int:
         site = site_at(path, lora.a.shape[-2], lora.b.shape[-1])
         cheapest[site.type] = min(site.cost(), cheapest.get(site.type, site.cost()))
     return sum(cheapest.values())
-
-
-def _check(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise UsageError(f"{name} {value} is out of range; expected 0 or more and below 1")

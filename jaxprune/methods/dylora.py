@@ -19,11 +19,13 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Lora, Masks, init_lora
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 
 
-def dylora(*, rank: int = 8, frozen: bool = True, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Train one LoRA for all ranks up to `rank`.
 
     Args:
@@ -31,6 +33,9 @@ def dylora(*, rank: int = 8, frozen: bool = True, alpha: float | None = None, dr
       frozen: train only component b of a step that drew b; otherwise the first b.
       alpha: numerator of s = alpha / b; None for 2 * rank.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

@@ -33,7 +33,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks
 from jaxprune.adapters.base import key_for
-from jaxprune.errors import UsageError, nearest
+from jaxprune.checks import MOST_STEPS, Count, OneOf, Positive, Range, Rank, Seed, Share, checked
+from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
 from jaxprune.prune import Decision
@@ -65,6 +66,8 @@ _OF_FACTORS: dict[str, Callable] = {
 }
 REDUNDANCY_SCORES = (*_INSIDE, *_OF_FACTORS, "random")
 COMBINES = ("mul", "none", "div")
+Stage = Annotated[float, Range(0, MOST_STEPS)]
+Fraction = Annotated[float, Range(above=0, high=1)]
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -93,24 +96,25 @@ class G2R2State(NamedTuple):
     modules: jax.Array
 
 
+@checked
 def g2r2(
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    total_steps: int | None = None,
-    warmup: float = 0.1,
-    progressive: float = 0.1,
-    initial: float = 1.0,
-    final: float = 0.2,
-    score: str = "exact",
-    interval: int = 10,
-    beta1: float = 0.85,
-    beta2: float = 0.95,
-    combine: str = "mul",
+    rank: Rank = 8,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
+    total_steps: Count | None = None,
+    warmup: Stage = 0.1,
+    progressive: Stage = 0.1,
+    initial: Fraction = 1.0,
+    final: Fraction = 0.2,
+    score: Annotated[str, OneOf(REDUNDANCY_SCORES)] = "exact",
+    interval: Count = 10,
+    beta1: Share = 0.85,
+    beta2: Share = 0.95,
+    combine: Annotated[str, OneOf(COMBINES)] = "mul",
     robust: bool = False,
     abrupt: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Method:
     """Train LoRA of one rank, and prune whole modules down to a fraction of them.
 
@@ -138,15 +142,8 @@ def g2r2(
 
     Source: G2R2, algorithm 1.
     """
-    for name, value, known in (("score", score, REDUNDANCY_SCORES), ("combine", combine, COMBINES)):
-        if value not in known:
-            raise UsageError(
-                f"{name} {value!r} is not known; expected one of {', '.join(known)}; nearest: {nearest(value, known, 1)}"
-            )
-    if not 0 < final <= initial <= 1:
+    if final > initial:
         raise UsageError(f"fractions kept, {initial} to {final}, are out of range; expected 0 < final <= initial <= 1")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise UsageError(f"decays {beta1} and {beta2} are out of range; expected 0 or more and below 1")
     first = _steps("warmup", warmup, total_steps)
     last = first + _steps("progressive", progressive, total_steps)
     if total_steps is not None and last > total_steps:
@@ -305,9 +302,9 @@ def _zeros(adapters: Adapters) -> dict[str, jax.Array]:
 
 
 def _steps(name: str, value: float, total_steps: int | None) -> int:
-    if value < 0:
+    if value >= 1 and value != round(value):
         raise UsageError(
-            f"{name} {value} is out of range; expected a number of steps, or a fraction of the run below 1"
+            f"{name} {value} is out of range; expected a whole number of steps, or a fraction of the run below 1"
         )
     if value >= 1 or value == 0:
         return round(value)

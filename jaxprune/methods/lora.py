@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 
 
-def lora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def lora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank.
 
     Args:
       rank: components at each site.
       alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

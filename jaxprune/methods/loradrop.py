@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ import numpy as np
 from jaxprune.adapters import Adapters, Lora, Masks, SharedLora, init_lora
 from jaxprune.adapters.base import Array, matmul
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision
@@ -40,14 +41,15 @@ from jaxprune.sites import Site, site_at
 PER = ("layer", "site")
 
 
+@checked
 def loradrop(
     *,
-    measure_at: int,
-    rank: int = 8,
-    threshold: float = 0.9,
-    per: str = "layer",
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    measure_at: Count,
+    rank: Rank = 8,
+    threshold: Annotated[float, Range(above=0, high=1)] = 0.9,
+    per: Annotated[str, OneOf(PER)] = "layer",
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
 ) -> Method:
     """Train LoRA, then let the layers of little output share.
 
@@ -62,10 +64,6 @@ def loradrop(
     Raises:
       UsageError: a setting is out of range.
     """
-    if measure_at < 1 or not 0 < threshold <= 1:
-        raise UsageError(f"measure_at {measure_at}, threshold {threshold}: expected 1 or more, and above 0 to 1")
-    if per not in PER:
-        raise UsageError(f"per {per!r} is not known; expected one of {', '.join(PER)}")
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)

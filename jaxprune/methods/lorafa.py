@@ -11,17 +11,22 @@ Source: "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
 from __future__ import annotations
 
 from jaxprune.adapters import to_lorafa
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.lora import lora
 
 
-def lorafa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def lorafa(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank, and train B alone.
 
     Args:
       rank: components at each site.
       alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
     plain = lora(rank=rank, alpha=alpha, dropout=dropout)
 

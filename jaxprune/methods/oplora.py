@@ -13,23 +13,35 @@ Source: "DPLoRA: a dual-pruning framework based on ILP optimization and progress
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from jaxprune.adapters import init_lora
-from jaxprune.allocate import allocate
+from jaxprune.allocate import SOLVERS, allocate
+from jaxprune.allocate.checks import check_ranks
+from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.scores import site_scores
+from jaxprune.scores.site_scores import SCORES
+
+Budget = Annotated[int, Range(1)]
+TimeBudget = Annotated[float, Range(above=0, high=1)]
+Score = Annotated[str, OneOf(SCORES)]
+Ranks = Sequence[Annotated[int, Range(0, MOST_RANK)]]
+Solver = Annotated[str, OneOf(SOLVERS, fold=True)]
+Seconds = Annotated[float, Range(above=0), HostOnly()]
 
 
+@checked
 def oplora(
     *,
-    budget: int | None = None,
-    time_budget: float | None = None,
-    score: str = "absolute",
-    ranks: Sequence[int] = range(17),
-    solver: str = "auto",
-    time_limit: float = 60.0,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    budget: Budget | None = None,
+    time_budget: TimeBudget | None = None,
+    score: Score = "absolute",
+    ranks: Ranks = range(17),
+    solver: Solver = "auto",
+    time_limit: Seconds = 60.0,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
 ) -> Method:
     """Choose each site's rank by a MILP, then train plain LoRA.
 
@@ -42,7 +54,11 @@ def oplora(
       time_limit: seconds the solver may take.
       alpha: numerator of s = alpha / r at each site; None for twice the rank, that is s = 2 everywhere.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
+    check_ranks(ranks)
 
     def start(context: Context) -> Start:
         per_sample = score == "squared"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jaxprune.adapters import init_lora
 from jaxprune.adapters.base import key_for
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.sites import flatten, unflatten
@@ -31,7 +33,14 @@ from jaxprune.sites import flatten, unflatten
 _OVERSAMPLE = 8
 
 
-def pissa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, niter: int | None = None) -> Method:
+@checked
+def pissa(
+    *,
+    rank: Rank = 8,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
+    niter: Annotated[int, Range(0, 1000)] | None = None,
+) -> Method:
     """Give every site the same rank and its kernel's largest singular directions.
 
     Args:
@@ -41,15 +50,8 @@ def pissa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, ni
       niter: None for the exact SVD, or rounds of the randomised one (16 in the paper's code).
 
     Raises:
-      UsageError: `niter` is negative, alpha is not positive, or (by `start`) a kernel has fewer than `rank` singular
-        directions.
+      UsageError: a setting is out of range, or (by `start`) a kernel has fewer than `rank` singular directions.
     """
-    if alpha is not None and not alpha > 0:
-        raise UsageError(
-            f"alpha {alpha} cannot be used; PiSSA's factors are divided by its root, so expected more than 0"
-        )
-    if niter is not None and niter < 0:
-        raise UsageError(f"niter {niter} cannot be used; expected None for the exact SVD, or 0 or more rounds")
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
@@ -59,7 +61,7 @@ def pissa(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, ni
                 f"rank {rank} is more than the {min(small[0].d_in, small[0].d_out)} singular directions of "
                 f"{small[0].path!r}; lower the rank or leave the site out of the targets"
             )
-        scale = 1.0 if alpha is None else alpha / max(rank, 1)  # rank 0 is refused below
+        scale = 1.0 if alpha is None else alpha / rank
         drawn, masks = init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout)
         flat, adapters = flatten(context.params), {}
         for path, empty in drawn.items():

@@ -35,14 +35,15 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks
-from jaxprune.errors import UsageError, nearest
+from jaxprune.checks import Count, OneOf, Positive, Rank, Share, checked
+from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
 from jaxprune.prune import Decision
@@ -83,22 +84,23 @@ class PrunedLoraState(NamedTuple):
     count: jax.Array
 
 
+@checked
 def prunedlora(
     *,
-    rank: int = 128,
-    target: int = 64,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    interval: int = 10,
-    remove: int = 2,
-    start_step: int | None = None,
-    total_steps: int | None = None,
-    score: str = "obs",
-    curvature: str | None = None,
+    rank: Rank = 128,
+    target: Rank = 64,
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
+    interval: Count = 10,
+    remove: Count = 2,
+    start_step: Count | None = None,
+    total_steps: Count | None = None,
+    score: Annotated[str, OneOf(PRUNED_SCORES)] = "obs",
+    curvature: Annotated[str, OneOf(CURVATURES)] | None = None,
     first_order: bool | None = None,
-    compensate: str | None = None,
-    damping: float | None = None,
-    decay: float = 0.9,
+    compensate: Annotated[str, OneOf(COMPENSATIONS)] | None = None,
+    damping: Positive | None = None,
+    decay: Share = 0.9,
 ) -> Method:
     """Train LoRA of a high rank and prune every adapter, a few components at a time, to a low one.
 
@@ -124,18 +126,9 @@ def prunedlora(
 
     Source: PrunedLoRA, algorithm 1.
     """
-    if score not in PRUNED_SCORES:
-        raise UsageError(
-            f"score {score!r} is not known; expected one of {', '.join(PRUNED_SCORES)}; nearest: "
-            f"{nearest(score, PRUNED_SCORES, 1)}"
-        )
     surgery = _surgery(score, curvature, first_order, compensate, damping)
-    if not 1 <= target <= rank:
+    if target > rank:
         raise UsageError(f"target {target} is out of range; expected 1 to the initial rank, {rank}")
-    if interval < 1 or remove < 1:
-        raise UsageError(f"interval {interval} and remove {remove} are out of range; expected 1 or more")
-    if not 0 <= decay < 1:
-        raise UsageError(f"decay {decay} is out of range; expected 0 or more and below 1")
     first = interval if start_step is None else start_step
     if first < interval:
         raise UsageError(f"start_step {first} is out of range; expected at least the interval, {interval}")
@@ -254,15 +247,9 @@ def _surgery(
         return Surgery("act", False, "B", 1e-2) if score == "sparsegpt_obs" else None
     curvature = "fisher" if curvature is None else curvature
     compensate = "B" if compensate is None else compensate
-    for name, value, known in (("curvature", curvature, CURVATURES), ("compensate", compensate, COMPENSATIONS)):
-        if value not in known:
-            raise UsageError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
     if curvature == "act" and compensate == "A":
         raise UsageError('curvature "act" is one of B alone; expected compensate "B" or "none"')
-    damping = 1e-2 if damping is None else damping
-    if damping <= 0:
-        raise UsageError(f"damping {damping} is out of range; expected more than 0")
-    return Surgery(curvature, bool(first_order), compensate, damping)
+    return Surgery(curvature, bool(first_order), compensate, 1e-2 if damping is None else damping)
 
 
 def _nothing(surgery: Surgery | None, adapter: Lora) -> Any:

@@ -6,21 +6,26 @@ import math
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocate import uniform_plan
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 
 
-def rslora(*, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Method:
+@checked
+def rslora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank, and the scale s = alpha / sqrt(rank).
 
     Args:
       rank: components at each site.
       alpha: numerator of s; None for 8, PEFT's default.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        scale = (8.0 if alpha is None else alpha) / math.sqrt(max(rank, 1))  # rank 0 is refused below
+        scale = (8.0 if alpha is None else alpha) / math.sqrt(rank)
         return Start(*init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan)
 
     return Method(start, name="rslora")

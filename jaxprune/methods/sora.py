@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ import numpy as np
 
 from jaxprune.adapters import Gated, init_gated
 from jaxprune.allocate import uniform_plan
-from jaxprune.errors import UsageError
+from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision
 from jaxprune.prune.components import host
@@ -34,15 +35,16 @@ from jaxprune.prune.components import host
 PROX = ("soft", "released")
 
 
+@checked
 def sora(
     *,
-    total_steps: int,
-    rank: int = 8,
-    penalty: float = 1e-3,
-    threshold: float | Callable[[jax.Array], jax.Array] = 1e-3,
-    prox: str = "soft",
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    total_steps: Count,
+    rank: Rank = 8,
+    penalty: NotNegative = 1e-3,
+    threshold: NotNegative | Callable[[jax.Array], jax.Array] = 1e-3,
+    prox: Annotated[str, OneOf(PROX)] = "soft",
+    alpha: Positive | None = None,
+    dropout: Share = 0.0,
 ) -> Method:
     """Train gated LoRA and drop the components whose gates end at 0.
 
@@ -58,12 +60,6 @@ def sora(
     Raises:
       UsageError: a setting is out of range.
     """
-    if prox not in PROX:
-        raise UsageError(f"prox {prox!r} is not known; expected one of {', '.join(PROX)}")
-    if total_steps < 1 or penalty < 0 or (not callable(threshold) and threshold < 0):
-        raise UsageError(
-            f"total_steps {total_steps}, penalty {penalty}, threshold {threshold}: expected 1 or more, and twice 0 or more"
-        )
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
@@ -102,7 +98,14 @@ def shrink(gate: jax.Array, threshold: jax.Array | float, prox: str) -> jax.Arra
     return jnp.where(jnp.abs(shrunk) < threshold, 0, shrunk)
 
 
-def thresholds(last: float, *, values: int, first_steps: int, steps: int) -> Callable[[jax.Array], jax.Array]:
+@checked
+def thresholds(
+    last: NotNegative,
+    *,
+    values: Annotated[int, Range(2, 100_000)],
+    first_steps: Annotated[int, Range(0, MOST_STEPS)],
+    steps: Count,
+) -> Callable[[jax.Array], jax.Array]:
     """Return a threshold that rises from 0 to `last` in equal parts, as a function of the step.
 
     Args:
@@ -114,11 +117,6 @@ def thresholds(last: float, *, values: int, first_steps: int, steps: int) -> Cal
     Raises:
       UsageError: a setting is out of range.
     """
-    if last < 0 or values < 2 or first_steps < 0 or steps < 1:
-        raise UsageError(
-            f"last {last}, values {values}, first_steps {first_steps}, steps {steps}: expected 0 or more, 2 or more, "
-            f"0 or more, 1 or more"
-        )
     table = np.linspace(0.0, last, values)
 
     def at(step: jax.Array) -> jax.Array:

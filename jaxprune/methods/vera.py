@@ -15,16 +15,21 @@ Source: "VeRA: Vector-based Random Matrix Adaptation".
 from __future__ import annotations
 
 from jaxprune.adapters import init_vera, share_pair
+from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 
 
-def vera(*, rank: int = 256, d_initial: float = 0.1, dropout: float = 0.0) -> Method:
+@checked
+def vera(*, rank: Rank = 256, d_initial: Positive = 0.1, dropout: Share = 0.0) -> Method:
     """Train the two vectors of every site.
 
     Args:
       rank: components of the shared pair; VeRA wants many.
       d_initial: the start of d.
       dropout: rate of the dropout on the adapters' inputs.
+
+    Raises:
+      UsageError: a setting is out of range.
     """
 
     def start(context: Context) -> Start:

@@ -82,7 +82,7 @@ def test_without_the_view_vera_is_an_error():
     with pytest.raises(jp.UsageError, match="pass the adapters through method.seen"):
         jp.attach(model)(params, {"layer_0/fc1": adapters["layer_0/fc1"]}, {}, x)
     with pytest.raises(jp.UsageError, match="rank of 1 or more"):
-        jp.vera(rank=0).start(jp.Context(jax.random.key(0), params, jp.find_sites(params), None, None))
+        jp.adapters.init_vera(jax.random.key(0), jp.find_sites(params), rank=0)
 
 
 def test_lorafa_computes_what_lora_computes():

@@ -146,7 +146,7 @@ def test_another_schedule_prunes_at_another_pace():
     [
         (dict(target=1.0), "target 1.0 is out of range"),
         (dict(ema_decay=-0.1), "ema_decay -0.1 is out of range"),
-        (dict(events=0), "at least 1"),
+        (dict(events=0), "events 0 is out of range"),
         (dict(events=30), "at most 23 events"),
         (dict(recovery_steps=6), "recovery of 6 steps does not fit between events 6 steps apart"),
         (dict(importance="gradient"), "expected one of training, samples"),

@@ -67,15 +67,11 @@ def test_settings_out_of_range():
         begin(jp.pissa(rank=9))
     with pytest.raises(jp.UsageError, match="niter -1"):
         jp.pissa(niter=-1)
-    with pytest.raises(jp.UsageError, match="alpha 0 cannot be used"):
+    with pytest.raises(jp.UsageError, match="alpha 0 is out of range"):
         jp.pissa(alpha=0)
-    with pytest.raises(jp.UsageError, match="every rank of the plan is 0"):
-        begin(jp.pissa(rank=0, alpha=4))
 
 
 def test_the_scale_of_rslora():
     for rank, alpha, scale in [(4, None, 4.0), (4, 3.0, 1.5), (9, 3.0, 1.0)]:
         _, start = begin(jp.rslora(rank=rank, alpha=alpha))
         assert {adapter.scale for adapter in start.adapters.values()} == {scale}
-    with pytest.raises(jp.UsageError, match="every rank of the plan is 0"):
-        begin(jp.rslora(rank=0))
