@@ -56,6 +56,8 @@ def _one_line(box: str) -> str:
     message = re.sub(
         r"no type matching \S+ could be instantiated from \['(.*?)'\].*<class '(\w+)'>.*", r"\1 is no \2", message
     )
+    if len(message) > 300:  # a value of thousands of characters
+        message = f"{message[:200]} ... {message[-60:]}"
     suggestions = re.findall(r"^(--[\w-]+)", "\n".join(p for p in paragraphs if "meant" in p), re.MULTILINE)
     hint = f"; nearest known: {', '.join(dict.fromkeys(suggestions))}" if suggestions else ""
     return f"{message}{hint}; --help lists every flag"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import numpy as np
 
 from experiments.cli import parse, parse_known
+from experiments.config import Folder as GivenFolder
 from experiments.config import GlueConfig
 from experiments.folder import Folder
 from experiments.stopping import Stop, Stopped, before_end
@@ -45,7 +46,7 @@ class CompareConfig:
     """which tasks"""
     seeds: tuple[int, ...] = (42,)
     """which seeds"""
-    output_dir: Path = Path("runs/compare")
+    output_dir: GivenFolder = Path("runs/compare")
     """where runs, table and picture go"""
 
 
