@@ -51,6 +51,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         save_classifier(tmp_path, dataclasses.replace(config, mlp_dropout=0.3), params)
     with pytest.raises(UsageError, match=r"3 parameters do not fit .*fc1/bias: got \(8,\), expected \(9,\)"):
         save_classifier(tmp_path, dataclasses.replace(config, intermediate_size=9), params)
-    with pytest.raises(UsageError, match="key_dims=.4, 4. does not fit; expected 1 numbers"):
+    with pytest.raises(UsageError, match="key_dims=.4, 4. does not fit; expected 1 integers"):
         EncoderConfig(**small, key_dims=(4, 4))
     assert not list(tmp_path.iterdir())
