@@ -97,7 +97,9 @@ def load_task(
 def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:
     """Return the file, or the shards, of each split."""
     if not os.path.isdir(folder):  # unlike a path's own is_dir it takes names of any length
-        raise UsageError(f"data_dir {str(folder)!r} is not a folder; expected one that holds {task.name}/train.parquet")
+        raise UsageError(
+            f"data_dir {shown(str(folder))} is not a folder; expected one that holds {task.name}/train.parquet"
+        )
     nested = [folder / task.name, folder / "glue" / task.name, folder]
     for candidate in nested:
         found = {split: _find(candidate, split) for split in task.splits}

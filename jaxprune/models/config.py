@@ -308,6 +308,6 @@ def _check(family: str, field: str, value: Any) -> None:
         holds, kind = _is_integer(value, low, high), "an integer"
     else:
         holds = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
-        kind, high = "a number", f"{high:g}" if high != _RATE[1] else "below 1"
+        kind, low, high = "a number", f"{low:g}", "below 1" if high == _RATE[1] else f"{high:g}"
     if not holds:
         raise UsageError(f"{_said(family, field)} is {shown(value)}; expected {kind} from {low} to {high}")

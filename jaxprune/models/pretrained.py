@@ -83,9 +83,14 @@ def load_classifier(
     source = resolve(name_or_path, revision)
     EncoderConfig(num_labels=num_labels, dtype=dtype)  # refuses the caller's own before a file is blamed
     config = _read_config(source.folder, num_labels, dtype)
+    stored = open_weights(source.folder)
+    if config.num_layers > len(stored):  # which are found out before they are built
+        raise UsageError(
+            f"{source.folder / 'config.json'}: {config.num_layers} layers are more than the {len(stored)} arrays beside it"
+        )
     model = SequenceClassifier(config)
     shapes = parameter_shapes(model)
-    weights = convert(open_weights(source.folder), config, shapes, str(source.folder))
+    weights = convert(stored, config, shapes, str(source.folder))
     for note in weights.notes:
         log.info("%s: %s", name_or_path, note)
     fresh = _initialise(config, weights.initialised, shapes, seed)
@@ -153,7 +158,7 @@ def _read_config(folder: Path, num_labels: int, dtype: Any) -> EncoderConfig:
     if not path.is_file():
         raise UsageError(f"{folder} has no config.json; expected the folder of a Hugging Face model")
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
     if not isinstance(given, dict):
