@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,21 +103,48 @@ def _tokenize(rows: Rows, path: Path, definition: bytes, max_length: int, side: 
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
     ids, type_ids, lengths = [], [], []
-    for start in range(0, len(rows), 4096):  # the library's own objects are large
-        columns = [column[start : start + 4096] for column in rows.texts]
-        texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        try:
-            for e in tokenizer.encode_batch_fast(texts):
+    try:
+        with _rust_silent():
+            tokenizer.encode_batch_fast(_texts(rows, 0, 1))
+        for start in range(0, len(rows), 4096):  # the library's own objects are large
+            for e in tokenizer.encode_batch_fast(_texts(rows, start, start + 4096)):
                 ids.append(np.array(e.ids, np.int32))
                 type_ids.append(np.array(e.type_ids, np.int8))
                 lengths.append(len(ids[-1]))
-        except Exception as error:  # numpy's where a number has more bits, and plain ones of the library
-            raise UsageError(f"{path}: cannot tokenize ({reason(error)}); get the model folder again") from error
+    except BaseException as error:
+        # Plain ones of the library, numpy's where a number has more bits, and what Rust makes of its own failures.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{path}: cannot tokenize ({reason(error)}); get the model folder again") from error
     if 0 in lengths:
         raise UsageError(
             f"{path}: makes no token of row {lengths.index(0)} of {rows.source}; mend the tokenizer or the row"
         )
     return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.append(0, np.cumsum(lengths)), rows.labels)
+
+
+def _texts(rows: Rows, start: int, end: int) -> list[Any]:
+    """Return the texts of some rows as the library takes them: strings or pairs."""
+    columns = [column[start:end] for column in rows.texts]
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
+@contextlib.contextmanager
+def _rust_silent() -> Iterator[None]:
+    """Drop what is written to standard error, where Rust prints a trace of its own before Python learns of a failure."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, so that nothing is printed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def _truncation_side(config: Path) -> str:
@@ -191,4 +221,10 @@ def _write_cache(path: Path, encoded: Encoded) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        log.warning("tokens are not kept for the next run: cannot write %r (%s)", str(path), error.strerror)
+        _warn(f"tokens are not kept for the next run: cannot write into {str(path.parent)!r} ({error.strerror})")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Say it once, not for every split."""
+    log.warning(message)

@@ -440,6 +440,10 @@ TOKENIZERS = {
         tokenizer(model={"type": "BPE", "vocab": {}, "merges": []}, post_processor=None),
         r"tokenizer.json: makes no token of row 0 of .*train.jsonl",
     ),
+    "a special token that is not there": (
+        tokenizer(post_processor={**processor(1), "special_tokens": {}}),
+        r"tokenizer.json: (cannot tokenize|not a tokenizer) \(",
+    ),
     "an id beyond 31 bits": (tokenizer(post_processor=processor(1, cls=2**31)), r"tokenizer.json: cannot tokenize"),
     "a type beyond 8 bits": (tokenizer(post_processor=processor(300)), r"tokenizer.json: cannot tokenize"),
     "no room for text": (lambda *_: ["--max-length", "4"], r"max_length is 4; expected at least 5, as 3 tokens are special"),

