@@ -276,13 +276,14 @@ class EncoderConfig:
           UsageError: the family's configuration cannot say it.
         """
         classes = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
-        said = {"model_type": self.family, "architectures": [f"{classes[self.family]}ForSequenceClassification"]}
+        said: dict[str, Any] = {
+            "model_type": self.family,
+            "architectures": [f"{classes[self.family]}ForSequenceClassification"],
+        }
         for ours, its in FAMILIES[self.family].names.items():
-            value = getattr(self, ours)
-            if ours in WIDTHS:
-                value = None if value is None else list(value)
+            value: Any = getattr(self, ours)
             if value is not None:
-                said[its] = float(value) if ours in _NUMBERS else value
+                said[its] = list(value) if ours in WIDTHS else float(value) if ours in _NUMBERS else value
         return {**said, "id2label": {str(i): f"LABEL_{i}" for i in range(self.num_labels)}}
 
 
@@ -297,17 +298,23 @@ def _require(holds: bool, name: str, value: Any, known: Any) -> None:
         raise UsageError(f"{name} {shown(value)} is not supported; expected one of {', '.join(known)}")
 
 
+def _is_number(value: Any, low: float, high: float) -> bool:
+    # NumPy's numbers are of these abstract kinds too; a boolean is one that nobody means.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # pyright: ignore
+
+
 def _is_integer(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    return isinstance(value, numbers.Integral) and _is_number(value, low, high)
 
 
 def _check(family: str, field: str, value: Any) -> None:
     """Refuse a field that is no number of its kind, or out of its bounds."""
-    low, high = _INTEGERS.get(field) or _NUMBERS[field]
     if field in _INTEGERS:
-        holds, kind = _is_integer(value, low, high), "an integer"
+        low, high = _INTEGERS[field]
+        holds, expected = _is_integer(value, low, high), f"an integer from {low} to {high}"
     else:
-        holds = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
-        kind, low, high = "a number", f"{low:g}", "below 1" if high == _RATE[1] else f"{high:g}"
+        low, high = _NUMBERS[field]
+        holds = _is_number(value, low, high)
+        expected = f"a number from {low:g} to {'below 1' if high == _RATE[1] else f'{high:g}'}"
     if not holds:
-        raise UsageError(f"{_said(family, field)} is {shown(value)}; expected {kind} from {low} to {high}")
+        raise UsageError(f"{_said(family, field)} is {shown(value)}; expected {expected}")
