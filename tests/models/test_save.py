@@ -17,7 +17,7 @@ def test_a_loaded_model_saves_as_it_was(family, folder, tmp_path):
     loaded = load_classifier(folder, num_labels=tiny.NUM_LABELS)
     saved = save_classifier(tmp_path / "saved", loaded.config, loaded.params, tokenizer=loaded.folder)
     assert (saved / "vocab.txt").read_text() == "[PAD]\n"
-    written = {name: lazy[:] for name, lazy in open_weights(saved).items()}
+    written = {name: stored.read() for name, stored in open_weights(saved).items()}
     state = tiny.state(family)
     assert set(written) == set(state)
     for name, array in written.items():
