@@ -11,7 +11,8 @@ import io
 import json
 import os
 import re
-import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.tasks import Task, get_task
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, clipped, reason, shown
 
 _FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 
@@ -83,8 +84,10 @@ def load_task(
     elif data_dir is None:
         splits = _from_hub(task)
     else:
+        if not os.fspath(data_dir):
+            raise UsageError(f"data_dir is empty; expected a folder that holds {task.name}/train.parquet")
         files = _split_files(task, Path(data_dir))
-        splits = {split: _check(task, _read_all(paths), str(paths[0])) for split, paths in files.items()}
+        splits = {split: _check(task, _read_all(task, paths), str(paths[0])) for split, paths in files.items()}
     return {s: splits[s].first(max_train_samples if s == "train" else max_eval_samples) for s in task.splits}
 
 
@@ -93,8 +96,10 @@ def load_task(
 
 def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:
     """Return the file, or the shards, of each split."""
-    if not folder.is_dir():
-        raise UsageError(f"data_dir {str(folder)!r} is not a folder; expected one that holds {task.name}/train.parquet")
+    if not os.path.isdir(folder):  # unlike a path's own is_dir it takes names of any length
+        raise UsageError(
+            f"data_dir {shown(str(folder))} is not a folder; expected one that holds {task.name}/train.parquet"
+        )
     nested = [folder / task.name, folder / "glue" / task.name, folder]
     for candidate in nested:
         found = {split: _find(candidate, split) for split in task.splits}
@@ -114,77 +119,104 @@ def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:
 
 def _find(folder: Path, split: str) -> list[Path]:
     """Return `<split>.<format>`, or the Hub's `<split>-00000-of-00001.<format>`, all of them."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
-    whole = [path for path in (folder / f"{split}{ending}" for ending in _FORMATS) if path.is_file()]
+    whole = [path for path in (folder / f"{split}{ending}" for ending in _FORMATS) if os.path.isfile(path)]
     if len(whole) > 1:
         raise UsageError(
             f"both {whole[0].name} and {whole[1].name} lie in {str(folder)!r}; keep one file for {split!r}"
         )
     if whole:
         return whole
-    pattern = re.compile(rf"{re.escape(split)}-\d+-of-(\d+)({'|'.join(map(re.escape, _FORMATS))})")
-    shards = [(path, match) for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))]
-    if shards and len(shards) != int(shards[0][1][1]):
-        raise UsageError(f"{len(shards)} of {int(shards[0][1][1])} files {split}-* in {str(folder)!r}; get the others")
-    return [path for path, _ in shards]
+    pattern = re.compile(rf"{re.escape(split)}-(\d+)-of-(\d+)({'|'.join(map(re.escape, _FORMATS))})")
+    try:
+        found = [(pattern.fullmatch(name), name) for name in os.listdir(folder)]
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from error
+    shards = sorted((int(match[1]), int(match[2]), folder / name) for match, name in found if match)
+    numbers, totals = [number for number, _, _ in shards], {of for _, of, _ in shards}
+    if shards and (numbers != list(range(len(shards))) or totals != {len(shards)}):
+        raise UsageError(
+            f"{len(shards)} of {shown(shards[0][1])} files {split}-* in {str(folder)!r}; keep each of them once"
+        )
+    return [path for _, _, path in shards]
 
 
-def _read_all(paths: list[Path]) -> dict[str, list[Any]]:
+def _read_all(task: Task, paths: list[Path]) -> dict[str, list[Any]]:
     """Return column name -> values of a file and its further shards."""
-    tables = [_read(path) for path in paths]
+    tables = [_read(task, path) for path in paths]
     for path, table in zip(paths, tables, strict=True):
         if set(table) != set(tables[0]):
             raise UsageError(f"{path}: columns {_names(table)} differ from {_names(tables[0])} in {paths[0].name}")
     return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
+def _read(task: Task, path: Path) -> dict[str, list[Any]]:
     """Return column name -> values; whatever is wrong with the file becomes one line."""
+    if path.suffix == ".parquet":
+        return _read_parquet(task, path)
     try:
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            try:
-                return pyarrow.parquet.ParquetFile(path).read().to_pydict()
-            except pyarrow.ArrowException as error:
-                reason = str(error).splitlines()[0]
-                raise UsageError(f"{path}: not a readable parquet file ({reason}); get it again") from error
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: cannot be read ({reason(error)}); get it again") from error
     ending = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     return _parse_json(path, text) if ending in ("json", "jsonl") else _parse_csv(path, text, ending == "tsv")
 
 
+def _read_parquet(task: Task, path: Path) -> dict[str, list[Any]]:
+    """Read the task's columns; of the others, which may hold what Python cannot, the names alone."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _refuse_twice(path, names)
+            table = file.read(columns=[name for name in (*task.texts, "label") if name in names])
+        return {name: table[name].to_pylist() if name in table.column_names else [] for name in names}
+    except UsageError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UsageError(f"{path}: not a readable parquet file ({reason(error)}); get it again") from error
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(f"{path}: column {shown(twice[0])} is there {names.count(twice[0])} times; keep one")
+
+
 def _parse_json(path: Path, text: str) -> dict[str, list[Any]]:
     """Parse one object a line, or one list of objects."""
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    try:
-                        records.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        raise UsageError(f"{path}: line {number} is not JSON ({error.msg}); mend that line") from error
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON ({error.msg} in line {error.lineno}); mend that line") from error
+    if text.lstrip().startswith("["):
+        records = _loads(path, text, 1)
+    else:
+        records = [_loads(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for i, record in enumerate(records):
         if not isinstance(record, dict):
-            raise UsageError(f"{path}: row {i} is {_short(record)}; expected an object of columns")
+            raise UsageError(f"{path}: row {i} is {shown(record)}; expected an object of columns")
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
 
 
+def _loads(path: Path, text: str, line: int) -> Any:
+    """Parse the JSON that begins in a line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, fault = line + error.lineno - 1, error.msg
+    except RecursionError:
+        fault = "brackets nested too deep"
+    except ValueError:
+        fault = "an integer of thousands of digits"
+    raise UsageError(f"{path}: line {line} is not JSON that can be read ({fault}); mend it")
+
+
 def _parse_csv(path: Path, text: str, tabs: bool) -> dict[str, list[Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long field is no mistake
     quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     # StringIO without newline translation, so that line breaks inside quotes survive.
     reader = csv.reader(
@@ -196,11 +228,12 @@ def _parse_csv(path: Path, text: str, tabs: bool) -> dict[str, list[Any]]:
         for fields in reader:
             if not names:
                 names, columns = fields, [[] for _ in fields]
+                _refuse_twice(path, names)
             elif fields:
                 if len(fields) != len(names):
                     raise UsageError(
                         f"{path}: line {reader.line_num} has {len(fields)} fields; expected {len(names)}: "
-                        f"{', '.join(names)}"
+                        f"{_names(names)}"
                     )
                 for column, value in zip(columns, fields, strict=True):
                     column.append(value)
@@ -224,9 +257,8 @@ def _from_hub(task: Task) -> dict[str, Rows]:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = offline, offline
         loaded: Any = datasets.load_dataset(task.hub or "", task.name)
     except Exception as error:  # whatever `datasets` raises, the user can only do the same about it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"cannot load {task.name!r} from the Hub dataset {task.hub} ({'offline: ' if offline else ''}{reason}); "
+            f"cannot load {task.name!r} from the Hub dataset {task.hub} ({'offline: ' if offline else ''}{reason(error)}); "
             "go online once, or pass data_dir with the split files"
         ) from error
     finally:
@@ -269,28 +301,42 @@ def _check(task: Task, table: dict[str, list[Any]], source: str) -> Rows:
     for name in task.texts:
         for i, text in enumerate(table[name]):
             if not isinstance(text, str):
-                raise UsageError(f"{source}: {name} of row {i} is {_short(text)}; expected a string")
-    expected = "a finite number" if task.regression else f"an integer from 0 to {task.num_labels - 1}"
+                raise UsageError(f"{source}: {name} of row {i} is {shown(text)}; expected a string")
+            if not _is_unicode(text):
+                raise UsageError(
+                    f"{source}: {name} of row {i} holds half a character (a lone surrogate): {shown(text)}"
+                )
+    largest = float(np.finfo(np.float32).max) if task.regression else task.num_labels - 1
+    expected = "a finite number that float32 can hold" if task.regression else f"an integer from 0 to {largest}"
     labels = np.empty(len(table["label"]), np.float64)
     for i, label in enumerate(table["label"]):
-        try:
-            labels[i] = float(label)
-        except (TypeError, ValueError):
-            labels[i] = np.nan
-        x = labels[i]
-        if not (np.isfinite(x) and (task.regression or (x == int(x) and 0 <= x < task.num_labels))):
-            raise UsageError(f"{source}: label of row {i} is {_short(label)}; {task.name} expects {expected}")
+        x = labels[i] = _number(label)
+        if not (abs(x) <= largest and (task.regression or (x >= 0 and x == int(x)))):
+            raise UsageError(f"{source}: label of row {i} is {shown(label)}; {task.name} expects {expected}")
     return Rows(tuple(table[name] for name in task.texts), labels.astype(_label_type(task)), source)
+
+
+def _number(label: Any) -> float:
+    """Return a label as a number, NaN for what is none; files of text hold labels as strings."""
+    if isinstance(label, bool | bytes):
+        return np.nan
+    try:
+        return float(label)
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _label_type(task: Task) -> type:
     return np.float32 if task.regression else np.int32
 
 
-def _names(table: dict[str, list[Any]]) -> str:
-    return ", ".join(table) if table else "(none)"
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+def _names(names: Iterable[str]) -> str:
+    return clipped(", ".join(name if name.strip() else repr(name) for name in names)) or "(none)"

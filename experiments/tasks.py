@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,5 @@ def get_task(name: str) -> Task:
         UsageError: there is no such task; the message holds the nearest names.
     """
     if name not in TASKS:
-        raise UsageError(f"unknown task {name!r}; nearest: {nearest(name, TASKS)}; all: {', '.join(TASKS)}")
+        raise UsageError(f"unknown task {shown(name)}; nearest: {nearest(name, TASKS)}; all: {', '.join(TASKS)}")
     return TASKS[name]

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.data import Rows
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, reason, shown
+from jaxprune.models import EncoderConfig
 
+log = logging.getLogger(__name__)
+
+_NO_LIMIT = 2**31 - 1  # tokens, as many as no example has; the library counts in 64 bits
 _VERSION = b"1"  # of the arrays below; a new one makes old cache files unreachable
+_TYPES = (np.dtype(np.int32), np.dtype(np.int8), np.dtype(np.int64))  # of ids, type_ids and offsets
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ def encode(
         UsageError: there is no usable `tokenizer.json`, or `max_length` leaves no room for text.
     """
     path = Path(model_dir) / "tokenizer.json"
+    max_length = min(max_length, _NO_LIMIT)
     try:
         definition = path.read_bytes()
     except OSError as error:
@@ -85,9 +94,7 @@ def _tokenize(rows: Rows, path: Path, definition: bytes, max_length: int, side: 
     try:
         tokenizer = Tokenizer.from_str(definition.decode())
     except Exception as error:  # the library raises plain Exception
-        raise UsageError(
-            f"{path}: not a tokenizer ({str(error).splitlines()[0]}); get the model folder again"
-        ) from error
+        raise UsageError(f"{path}: not a tokenizer ({reason(error)}); get the model folder again") from error
     special = tokenizer.num_special_tokens_to_add(len(rows.texts) == 2)
     if max_length <= special + 1:
         raise UsageError(
@@ -96,23 +103,85 @@ def _tokenize(rows: Rows, path: Path, definition: bytes, max_length: int, side: 
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
     ids, type_ids, lengths = [], [], []
-    for start in range(0, len(rows), 4096):  # the library's own objects are large
-        columns = [column[start : start + 4096] for column in rows.texts]
-        for e in tokenizer.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))):
-            ids.append(np.array(e.ids, np.int32))
-            type_ids.append(np.array(e.type_ids, np.int8))
-            lengths.append(len(ids[-1]))
+    try:
+        with _rust_silent():
+            tokenizer.encode_batch_fast(_texts(rows, 0, 1))
+        for start in range(0, len(rows), 4096):  # the library's own objects are large
+            for e in tokenizer.encode_batch_fast(_texts(rows, start, start + 4096)):
+                ids.append(np.array(e.ids, np.int32))
+                type_ids.append(np.array(e.type_ids, np.int8))
+                lengths.append(len(ids[-1]))
+    except BaseException as error:
+        # Plain ones of the library, numpy's where a number has more bits, and what Rust makes of its own failures.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{path}: cannot tokenize ({reason(error)}); get the model folder again") from error
+    if 0 in lengths:
+        raise UsageError(
+            f"{path}: makes no token of row {lengths.index(0)} of {rows.source}; mend the tokenizer or the row"
+        )
     return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.append(0, np.cumsum(lengths)), rows.labels)
+
+
+def _texts(rows: Rows, start: int, end: int) -> list[Any]:
+    """Return the texts of some rows as the library takes them: strings or pairs."""
+    columns = [column[start:end] for column in rows.texts]
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
+@contextlib.contextmanager
+def _rust_silent() -> Iterator[None]:
+    """Drop what is written to standard error, where Rust prints a trace of its own before Python learns of a failure."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, so that nothing is printed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def _truncation_side(config: Path) -> str:
     """Return from which end the model folder wants texts cut."""
     try:
-        return json.loads(config.read_text("utf-8")).get("truncation_side", "right")
+        side = json.loads(config.read_text("utf-8")).get("truncation_side", "right")
     except FileNotFoundError:
         return "right"
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{config}: not a readable JSON object ({error}); get the model folder again") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{config}: not a readable JSON object ({reason(error)}); get the model folder again"
+        ) from error
+    if side not in ("left", "right"):
+        raise UsageError(f"{config}: truncation_side is {shown(side)}; expected 'left' or 'right'")
+    return side
+
+
+def check_ids(encoded: Encoded, config: EncoderConfig, model_dir: str | os.PathLike[str]) -> None:
+    """Refuse tokens that a model has no vector for.
+
+    Args:
+        encoded: what `encode` returns.
+        config: the model's.
+        model_dir: its folder, for messages.
+
+    Raises:
+        UsageError: an id is not below the vocabulary, or a type not below the number of types.
+    """
+    sizes = {"token": (encoded.ids, config.vocab_size, "vocab_size")}
+    if config.type_vocab_size:  # where there are none, the types are not read
+        sizes["token type"] = (encoded.type_ids, config.type_vocab_size, "type_vocab_size")
+    for what, (ids, size, name) in sizes.items():
+        if (largest := ids.max()) >= size:
+            raise UsageError(
+                f"{Path(model_dir) / 'tokenizer.json'}: makes {what} {largest}, where config.json beside it has {name} "
+                f"{size}; get a tokenizer and a model that belong together"
+            )
 
 
 def _key(rows: Rows, definition: bytes, max_length: int, side: str) -> str:
@@ -127,14 +196,18 @@ def _key(rows: Rows, definition: bytes, max_length: int, side: str) -> str:
 
 
 def _read_cache(path: Path) -> Encoded | None:
-    """Return the arrays, or None where the file is missing or damaged (zip members carry a checksum)."""
+    """Return the arrays, or None where the file is missing, damaged (zip members carry a checksum) or another's."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             encoded = Encoded(**{name: arrays[name] for name in ("ids", "type_ids", "offsets", "labels")})
     except Exception:  # of a damaged archive numpy, zipfile and zlib each raise their own
         return None
+    arrays = (encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels)
+    if [array.ndim for array in arrays] != [1] * 4 or [array.dtype for array in arrays[:3]] != list(_TYPES):
+        return None
     tokens = encoded.offsets[-1] if len(encoded.offsets) == len(encoded) + 1 else -1
-    return encoded if tokens == len(encoded.ids) == len(encoded.type_ids) else None
+    whole = tokens == len(encoded.ids) == len(encoded.type_ids) and (np.diff(encoded.offsets) > 0).all()
+    return encoded if whole and encoded.offsets[0] == 0 else None
 
 
 def _write_cache(path: Path, encoded: Encoded) -> None:
@@ -148,4 +221,10 @@ def _write_cache(path: Path, encoded: Encoded) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        warnings.warn(f"tokens are not kept for the next run: cannot write {path} ({error.strerror})", stacklevel=3)
+        _warn(f"tokens are not kept for the next run: cannot write into {str(path.parent)!r} ({error.strerror})")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Say it once, not for every split."""
+    log.warning(message)

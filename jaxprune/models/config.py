@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -22,15 +23,17 @@ ACTIVATIONS = {
 
 
 class Family(NamedTuple):
-    """What distinguishes a family apart from numbers: where the head's dense layer is and how its input is treated.
+    """What distinguishes a family apart from numbers: the names of its configuration, and the head.
 
     Attributes:
+      names: field of `EncoderConfig` -> its name in config.json.
       dense: path of the dense layer between the first token and the output layer.
       activation: its activation.
       input_dropout: whether the head drops out its input too.
       padded_positions: whether the row of the position table at the padding index is padding.
     """
 
+    names: dict[str, str]
     dense: str
     activation: str
     input_dropout: bool = False
@@ -54,10 +57,72 @@ class Widths(NamedTuple):
 # The fields of a configuration that hold them layer by layer, in the order of `Widths`; config.json has the same names.
 WIDTHS = ("intermediate_sizes", "key_dims", "value_dims")
 
+_COMMON = {
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "pad_token_id": "pad_token_id",
+    "initializer_range": "initializer_range",
+    **{name: name for name in WIDTHS},
+}
+
+_BERT = {
+    **_COMMON,
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "activation": "hidden_act",
+    "embedding_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "classifier_dropout": "classifier_dropout",
+}
+
+_DISTILBERT = {
+    **_COMMON,
+    "hidden_size": "dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "activation": "activation",
+    "embedding_dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "classifier_dropout": "seq_classif_dropout",
+}
+
 FAMILIES = {
-    "bert": Family(dense="pooler", activation="tanh"),
-    "roberta": Family(dense="head/dense", activation="tanh", input_dropout=True, padded_positions=True),
-    "distilbert": Family(dense="head/dense", activation="relu"),
+    "bert": Family(_BERT, dense="pooler", activation="tanh"),
+    "roberta": Family(_BERT, dense="head/dense", activation="tanh", input_dropout=True, padded_positions=True),
+    "distilbert": Family(_DISTILBERT, dense="head/dense", activation="relu"),
+}
+
+# Variants that this encoder does not compute: name in config.json, the only value it may have.
+FIXED = (("position_embedding_type", "absolute"), ("is_decoder", False))
+
+# Sizes are counted in 32 bits, as token ids are; the deepest encoders that exist have some hundred layers.
+_MOST = 2**31 - 1
+_INTEGERS = {
+    "vocab_size": (1, _MOST),
+    "hidden_size": (1, _MOST),
+    "num_layers": (1, 1000),
+    "num_heads": (1, _MOST),
+    "intermediate_size": (1, _MOST),
+    "max_positions": (1, _MOST),
+    "type_vocab_size": (0, _MOST),
+    "position_offset": (0, _MOST),
+    "pad_token_id": (0, _MOST),
+    "num_labels": (1, _MOST),
+}
+# Up to the last float32 below 1, as a rate of 1 drops everything.
+_RATE = (0.0, 1 - 2.0**-24)
+_NUMBERS = {
+    "layer_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1.0),
+    **dict.fromkeys(
+        ("embedding_dropout", "attention_dropout", "attention_output_dropout", "mlp_dropout", "classifier_dropout"),
+        _RATE,
+    ),
 }
 
 
@@ -116,23 +181,38 @@ class EncoderConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise UsageError(f"unsupported model_type {self.family!r}; expected one of {', '.join(FAMILIES)}")
-        if self.activation not in ACTIVATIONS:
-            raise UsageError(f"unsupported activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "num_labels"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} is too small; expected 1 or more")
+        _require(isinstance(self.family, str) and self.family in FAMILIES, "model_type", self.family, FAMILIES)
+        for field in (*_INTEGERS, *_NUMBERS):
+            _check(self.family, field, getattr(self, field))
+        names = FAMILIES[self.family].names
+        activation = isinstance(self.activation, str) and self.activation in ACTIVATIONS
+        _require(activation, _said(self.family, "activation"), self.activation, ACTIVATIONS)
         if self.hidden_size % self.num_heads:
-            raise UsageError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+            raise UsageError(
+                f"{names['hidden_size']}={self.hidden_size} is not a multiple of {names['num_heads']}={self.num_heads}"
+            )
+        if self.pad_token_id >= self.vocab_size:
+            raise UsageError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}")
         for name in WIDTHS:
             widths = getattr(self, name)
-            if widths is not None and (len(widths) != self.num_layers or min(widths) < 1):
-                raise UsageError(f"{name}={widths} does not fit; expected {self.num_layers} numbers, each 1 or more")
+            if widths is not None and not (
+                isinstance(widths, tuple)
+                and len(widths) == self.num_layers
+                and all(_is_integer(width, 1, _MOST) for width in widths)
+            ):
+                raise UsageError(
+                    f"{name}={shown(widths)} does not fit; expected {self.num_layers} integers, each from 1 to {_MOST}"
+                )
         if self.max_length < 1:
             raise UsageError(
-                f"max_positions={self.max_positions} leaves no position after position_offset={self.position_offset}"
+                f"{names['max_positions']}={self.max_positions} leaves no position after the first "
+                f"{self.position_offset}, which are set aside"
             )
+        try:
+            floating = jnp.issubdtype(self.dtype, jnp.floating)
+        except TypeError:
+            floating = False
+        _require(floating, "dtype", self.dtype, ("jnp.float32", "jnp.bfloat16", "jnp.float16"))
 
     @property
     def head_dim(self) -> int:
@@ -163,54 +243,29 @@ class EncoderConfig:
           UsageError: another model_type, or a variant of these three that this encoder does not compute.
         """
         family = config.model_type
-        if family not in FAMILIES:
-            raise UsageError(f"unsupported model_type {family!r}; expected one of {', '.join(FAMILIES)}")
-        for name, plain in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+        _require(isinstance(family, str) and family in FAMILIES, "model_type", family, FAMILIES)
+        for name, plain in FIXED:
             if (got := getattr(config, name, plain)) not in (plain, None):
-                raise UsageError(f"{name}={got!r} in config.json is not supported; expected {plain!r}")
-        if config.pad_token_id is None:
-            raise UsageError("config.json has no pad_token_id, which tells padding from text; add it")
-        common: dict[str, Any] = dict(
-            family=family,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            max_positions=config.max_position_embeddings,
-            pad_token_id=config.pad_token_id,
-            initializer_range=config.initializer_range,
-            num_labels=num_labels,
-            dtype=dtype,
-            **{name: tuple(widths) for name in WIDTHS if (widths := getattr(config, name, None)) is not None},
-        )
+                raise UsageError(f"{name}={shown(got)} is not supported; expected {plain!r}")
+        values: dict[str, Any] = {ours: getattr(config, its, None) for ours, its in FAMILIES[family].names.items()}
+        pad = values["pad_token_id"]
+        if pad is None:
+            raise UsageError("there is no pad_token_id, which tells padding from text; add it")
+        _check(family, "pad_token_id", pad)
+        for name in WIDTHS:
+            if isinstance(values[name], list):
+                values[name] = tuple(values[name])
+        hidden_dropout = values["embedding_dropout"]
         if family == "distilbert":
-            return cls(
-                intermediate_size=config.hidden_dim,
-                type_vocab_size=0,
-                layer_norm_eps=1e-12,  # fixed in the family, absent from its configuration
-                activation=config.activation,
-                embedding_dropout=config.dropout,
-                attention_dropout=config.attention_dropout,
-                attention_output_dropout=0.0,
-                mlp_dropout=config.dropout,
-                classifier_dropout=config.seq_classif_dropout,
-                **common,
+            # The epsilon is fixed in the family, and absent from its configuration.
+            values |= dict(type_vocab_size=0, layer_norm_eps=1e-12, attention_output_dropout=0.0)
+        else:
+            values |= dict(
+                attention_output_dropout=hidden_dropout, position_offset=pad + 1 if family == "roberta" else 0
             )
-        hidden_dropout = config.hidden_dropout_prob
-        classifier_dropout = config.classifier_dropout
-        return cls(
-            intermediate_size=config.intermediate_size,
-            type_vocab_size=config.type_vocab_size,
-            position_offset=config.pad_token_id + 1 if family == "roberta" else 0,
-            layer_norm_eps=config.layer_norm_eps,
-            activation=config.hidden_act,
-            embedding_dropout=hidden_dropout,
-            attention_dropout=config.attention_probs_dropout_prob,
-            attention_output_dropout=hidden_dropout,
-            mlp_dropout=hidden_dropout,
-            classifier_dropout=hidden_dropout if classifier_dropout is None else classifier_dropout,
-            **common,
-        )
+            if values["classifier_dropout"] is None:
+                values["classifier_dropout"] = hidden_dropout
+        return cls(family=family, num_labels=num_labels, dtype=dtype, mlp_dropout=hidden_dropout, **values)
 
     def to_hf(self) -> dict[str, Any]:
         """Translate to what config.json holds: `from_hf` of it gives this configuration again.
@@ -220,38 +275,46 @@ class EncoderConfig:
         Raises:
           UsageError: the family's configuration cannot say it.
         """
-        if self.family == "distilbert":
-            own = dict(
-                architectures=["DistilBertForSequenceClassification"],
-                dim=self.hidden_size,
-                n_layers=self.num_layers,
-                n_heads=self.num_heads,
-                hidden_dim=self.intermediate_size,
-                activation=self.activation,
-                dropout=self.embedding_dropout,
-                attention_dropout=self.attention_dropout,
-                seq_classif_dropout=self.classifier_dropout,
-            )
-        else:
-            own = dict(
-                architectures=[{"bert": "Bert", "roberta": "Roberta"}[self.family] + "ForSequenceClassification"],
-                hidden_size=self.hidden_size,
-                num_hidden_layers=self.num_layers,
-                num_attention_heads=self.num_heads,
-                intermediate_size=self.intermediate_size,
-                hidden_act=self.activation,
-                hidden_dropout_prob=self.embedding_dropout,
-                attention_probs_dropout_prob=self.attention_dropout,
-                classifier_dropout=self.classifier_dropout,
-                type_vocab_size=self.type_vocab_size,
-                layer_norm_eps=self.layer_norm_eps,
-            )
-        common = dict(
-            model_type=self.family,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_positions,
-            pad_token_id=self.pad_token_id,
-            initializer_range=self.initializer_range,
-            **{name: list(widths) for name in WIDTHS if (widths := getattr(self, name)) is not None},
-        )
-        return {**own, **common, "id2label": {str(i): f"LABEL_{i}" for i in range(self.num_labels)}}
+        classes = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+        said: dict[str, Any] = {
+            "model_type": self.family,
+            "architectures": [f"{classes[self.family]}ForSequenceClassification"],
+        }
+        for ours, its in FAMILIES[self.family].names.items():
+            value: Any = getattr(self, ours)
+            if value is not None:
+                said[its] = list(value) if ours in WIDTHS else float(value) if ours in _NUMBERS else value
+        return {**said, "id2label": {str(i): f"LABEL_{i}" for i in range(self.num_labels)}}
+
+
+def _said(family: str, field: str) -> str:
+    """Name a field as config.json and, where it differs, as `EncoderConfig` does."""
+    name = FAMILIES[family].names.get(field, field)
+    return field if name == field else f"{name} ({field})"
+
+
+def _require(holds: bool, name: str, value: Any, known: Any) -> None:
+    if not holds:
+        raise UsageError(f"{name} {shown(value)} is not supported; expected one of {', '.join(known)}")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    # NumPy's numbers are of these abstract kinds too; a boolean is one that nobody means.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # pyright: ignore
+
+
+def _is_integer(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, numbers.Integral) and _is_number(value, low, high)
+
+
+def _check(family: str, field: str, value: Any) -> None:
+    """Refuse a field that is no number of its kind, or out of its bounds."""
+    if field in _INTEGERS:
+        low, high = _INTEGERS[field]
+        holds, expected = _is_integer(value, low, high), f"an integer from {low} to {high}"
+    else:
+        low, high = _NUMBERS[field]
+        holds = _is_number(value, low, high)
+        expected = f"a number from {low:g} to {'below 1' if high == _RATE[1] else f'{high:g}'}"
+    if not holds:
+        raise UsageError(f"{_said(family, field)} is {shown(value)}; expected {expected}")

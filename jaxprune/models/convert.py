@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, clipped
 from jaxprune.models.config import EncoderConfig
+from jaxprune.models.weights import TYPES, Stored
 
 
 class Leaf(NamedTuple):
@@ -78,6 +79,9 @@ IGNORED = {
     "distilbert": r"embeddings\.position_ids|(vocab_(transform|layer_norm|projector)|qa_outputs)\..*",
 }
 
+# Mismatches that a message shows, those of many layers counted as one.
+SHOWN = 6
+
 # What a checkpoint may lack, or hold for another number of labels: it is then initialised and reported.
 OPTIONAL = r"(pooler|head/.*)"
 
@@ -120,25 +124,26 @@ class Converted(NamedTuple):
 
 
 def convert(
-    weights: Mapping[str, Any], config: EncoderConfig, shapes: Mapping[str, tuple[int, ...]], origin: str
+    weights: Mapping[str, Stored], config: EncoderConfig, shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> Converted:
     """Select and transpose a checkpoint's arrays.
 
     Args:
-      weights: checkpoint key -> lazy array with `get_shape()`, `get_dtype()` and `[...]`, as safetensors slices are.
+      weights: checkpoint key -> where it is stored, as `open_weights` returns them.
       config: the model to fill.
       shapes: our path -> shape of each of its parameters.
       origin: name of the checkpoint, for messages.
 
     Raises:
-      UsageError: arrays are missing, unexpected, of another shape or not floating point; it lists all of them.
+      UsageError: arrays are missing, unexpected, of another shape or not floating point, of which it lists the first; or
+        values are not finite.
     """
     prefix, stripped, problems = config.family + ".", {}, []
     for key, value in weights.items():
         if (name := key.removeprefix(prefix)) in stripped:
             problems.append((name, "is there twice, with and without its prefix"))
         stripped[name] = value
-    chosen: dict[str, tuple[Any, bool]] = {}
+    chosen: dict[str, tuple[Stored, bool]] = {}
     initialised: list[str] = []
     notes: list[str] = []
     used: set[str] = set()
@@ -152,10 +157,10 @@ def convert(
                 continue
             used.add(key)
             want = shapes[path][::-1] if leaf.transpose else shapes[path]
-            if (got := tuple(stripped[key].get_shape())) != want:
+            if (got := stripped[key].shape) != want:
                 faults.append((key, f"has shape {got}, expected {want}"))
-            elif not re.fullmatch(r"B?F\d+", dtype := stripped[key].get_dtype()):
-                faults.append((key, f"has type {dtype}, expected floating point"))
+            elif (dtype := stripped[key].dtype) not in TYPES:
+                faults.append((key, f"has type {dtype}, expected {', '.join(TYPES)}"))
             else:
                 found[path] = (stripped[key], leaf.transpose)
         if faults and re.fullmatch(OPTIONAL, module.path):
@@ -170,16 +175,18 @@ def convert(
     problems += [(name, "is unexpected") for name in rest if name not in ignored]
     if problems:
         lines = _fold_layers(problems)
+        if len(lines) > SHOWN:
+            lines = [*lines[: SHOWN - 1], "and so on"]
         raise UsageError(
             f"the weights in {origin} do not fit its config.json ({config.family}, {config.num_layers} layers of "
-            f"width {config.hidden_size}): {len(problems)} mismatches: " + "; ".join(lines)
+            f"width {config.hidden_size}): {len(problems)} mismatches: " + "; ".join(clipped(line) for line in lines)
         )
     arrays = {path: _read(value, transpose) for path, (value, transpose) in chosen.items()}
     return Converted(arrays, tuple(initialised), ignored, tuple(notes))
 
 
-def _read(value: Any, transpose: bool) -> np.ndarray:
-    array = np.asarray(value[:]).astype(np.float32, copy=False)
+def _read(stored: Stored, transpose: bool) -> np.ndarray:
+    array = stored.read()
     return np.ascontiguousarray(array.T) if transpose else array
 
 

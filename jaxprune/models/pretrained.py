@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models.config import FAMILIES, EncoderConfig
 from jaxprune.models.convert import classifier_torch_paths, convert
 from jaxprune.models.encoder import SequenceClassifier
@@ -35,7 +35,7 @@ class Pretrained:
       model: the Linen module.
       params: its parameters, nested dict of float32 arrays.
       config: its configuration.
-      hf_config: the `transformers` configuration it came from, with `num_labels` set.
+      hf_config: its configuration as `transformers` has it, with `num_labels` and `problem_type` set.
       folder: where the files lie (the tokenizer's too).
       origin: "folder", "cache", "package" or "hub".
       initialised: paths of the parameters that the checkpoint does not have, or not in this shape.
@@ -81,13 +81,16 @@ def load_classifier(
     if regression and num_labels != 1:
         raise UsageError(f"num_labels={num_labels} with regression=True; a regression has num_labels=1")
     source = resolve(name_or_path, revision)
-    hf_config = _read_config(source.folder)
-    hf_config.num_labels = num_labels
-    hf_config.problem_type = "regression" if regression else "single_label_classification"
-    config = EncoderConfig.from_hf(hf_config, num_labels, dtype)
+    EncoderConfig(num_labels=num_labels, dtype=dtype)  # refuses the caller's own before a file is blamed
+    config = _read_config(source.folder, num_labels, dtype)
+    stored = open_weights(source.folder)
+    if config.num_layers > len(stored):  # which are found out before they are built
+        raise UsageError(
+            f"{source.folder / 'config.json'}: {config.num_layers} layers are more than the {len(stored)} arrays beside it"
+        )
     model = SequenceClassifier(config)
     shapes = parameter_shapes(model)
-    weights = convert(open_weights(source.folder), config, shapes, str(source.folder))
+    weights = convert(stored, config, shapes, str(source.folder))
     for note in weights.notes:
         log.info("%s: %s", name_or_path, note)
     fresh = _initialise(config, weights.initialised, shapes, seed)
@@ -96,7 +99,7 @@ def load_classifier(
         model=model,
         params=unflatten(flat),
         config=config,
-        hf_config=hf_config,
+        hf_config=_hf_config(config, regression),
         folder=source.folder,
         origin=source.origin,
         initialised=weights.initialised,
@@ -149,20 +152,34 @@ def _initialise(
     return arrays
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, num_labels: int, dtype: Any) -> EncoderConfig:
+    """Translate config.json; a field that it lacks is what `transformers` says for the family."""
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} has no config.json; expected the folder of a Hugging Face model")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not a JSON object ({error}); fetch it again") from None
-    if model_type not in FAMILIES:
-        raise UsageError(f"{path} has model_type {model_type!r}; expected one of {', '.join(FAMILIES)}")
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"{path} is not a JSON object but {shown(given)}; fetch it again")
+    family = given.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UsageError(f"{path} has model_type {shown(family)}; expected one of {', '.join(FAMILIES)}")
     from transformers import AutoConfig
 
+    # Of a file from outside `transformers` sees nothing: it asks more of it than is needed here, in many lines.
+    plain = AutoConfig.for_model(family)
+    aliases = plain.attribute_map
+    said = {**plain.to_dict(), **{aliases.get(name, name): value for name, value in given.items()}}
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its validation raises many kinds, all of which mean a wrong value in the file
-        reason = re.sub(r"\s+", " ", str(error)).strip()
-        raise UsageError(f"{path} is not a valid {model_type} configuration: {reason}") from None
+        return EncoderConfig.from_hf(SimpleNamespace(**said), num_labels, dtype)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _hf_config(config: EncoderConfig, regression: bool) -> Any:
+    from transformers import AutoConfig
+
+    problem = "regression" if regression else "single_label_classification"
+    return AutoConfig.for_model(**config.to_hf(), problem_type=problem)

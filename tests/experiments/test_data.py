@@ -90,6 +90,11 @@ def test_regression_labels_are_real(tmp_path):
     np.testing.assert_array_equal(labels, np.array([3.8, 0.25], np.float32))
 
 
+def test_an_empty_name_of_a_folder():
+    with pytest.raises(UsageError, match="data_dir is empty"):
+        load_task("rte", "")
+
+
 def test_the_built_in_task_needs_no_files(tmp_path):
     rows = load_task("grammar", max_train_samples=100)
     assert len(rows["train"]) == 100 and len(rows["validation"]) == 1000
@@ -122,7 +127,48 @@ def test_wrong_values(tmp_path, change, message):
     fails(folder(tmp_path, train=[TRAIN[0], {**TRAIN[1], **change}]), rf"train\.jsonl: {message}")
 
 
+def test_what_is_odd_and_right_is_read(tmp_path):
+    text, long = "sentence1,sentence2,label\n", "word " * 2_000_000
+    for name, content, first in (
+        ("train.csv", b"\xef\xbb\xbf" + f"{text}a,b,1\n".encode(), "a"),
+        ("train.csv", f"{text}{long},b,1\n".encode(), long),
+        ("train.csv", f"\n{text.rstrip()}\r\n\n\0a,b,1.0\r\n".encode(), "\0a"),
+        (
+            "train.json",
+            b'\n [{"sentence1": "\\ud83d\\ude42", "sentence2": "b", "label": "1", "deep": [[[]]]}]',
+            "\U0001f642",
+        ),
+    ):
+        folder(tmp_path)
+        (tmp_path / "train.jsonl").unlink()
+        (tmp_path / name).write_bytes(content)
+        rows = load_task("rte", tmp_path)["train"]
+        assert (rows.texts, rows.labels.tolist()) == (([first], ["b"]), [1])
+        (tmp_path / name).unlink()
+
+
+def test_parquet_columns_of_other_types(tmp_path):
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    folder(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    columns = {
+        "sentence1": pyarrow.array(["a", "a"]).dictionary_encode(),
+        "sentence2": pyarrow.array(["b", "c"], pyarrow.large_string()),
+        "label": pyarrow.array([decimal.Decimal(1), decimal.Decimal(0)]),
+        "other": pyarrow.array([2**50] * 2, pyarrow.timestamp("s")),  # years that Python does not know
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    rows = load_task("rte", tmp_path)["train"]
+    assert (rows.texts, rows.labels.tolist()) == ((["a", "a"], ["b", "c"]), [1, 0])
+
+
 def test_regression_labels_are_finite(tmp_path):
+    huge = folder(tmp_path, train=[{**TRAIN[0], "label": 1e300}])
+    fails(huge, r"label of row 0 is 1e\+300; stsb expects a finite number that float32", task="stsb")
     fails(folder(tmp_path, train=[{**TRAIN[0], "label": float("inf")}]), "stsb expects a finite number", task="stsb")
 
 

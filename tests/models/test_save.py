@@ -17,7 +17,7 @@ def test_a_loaded_model_saves_as_it_was(family, folder, tmp_path):
     loaded = load_classifier(folder, num_labels=tiny.NUM_LABELS)
     saved = save_classifier(tmp_path / "saved", loaded.config, loaded.params, tokenizer=loaded.folder)
     assert (saved / "vocab.txt").read_text() == "[PAD]\n"
-    written = {name: lazy[:] for name, lazy in open_weights(saved).items()}
+    written = {name: stored.read() for name, stored in open_weights(saved).items()}
     state = tiny.state(family)
     assert set(written) == set(state)
     for name, array in written.items():
@@ -51,6 +51,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         save_classifier(tmp_path, dataclasses.replace(config, mlp_dropout=0.3), params)
     with pytest.raises(UsageError, match=r"3 parameters do not fit .*fc1/bias: got \(8,\), expected \(9,\)"):
         save_classifier(tmp_path, dataclasses.replace(config, intermediate_size=9), params)
-    with pytest.raises(UsageError, match="key_dims=.4, 4. does not fit; expected 1 numbers"):
+    with pytest.raises(UsageError, match="key_dims=.4, 4. does not fit; expected 1 integers"):
         EncoderConfig(**small, key_dims=(4, 4))
     assert not list(tmp_path.iterdir())
