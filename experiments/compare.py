@@ -21,7 +21,8 @@ import numpy as np
 from experiments.cli import main, parse, parse_known
 from experiments.config import GlueConfig
 from jaxprune.errors import UsageError
-from jaxprune.report.files import write_figure, write_whole
+from jaxprune.files import write_whole
+from jaxprune.report.figure import write_figure
 
 PROGRAM = "experiments.compare"
 METHODS: tuple[str, ...] = get_args(get_type_hints(GlueConfig)["method"])

@@ -26,7 +26,9 @@ def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
     listed = () if isinstance(sites, Site | str) or not isinstance(sites, Iterable) else tuple(sites)
     strange = [site for site in listed if not isinstance(site, Site)]
     if strange or not (listed or isinstance(sites, Sized)) or isinstance(sites, Site | str):
-        raise UsageError(f"sites {shown(strange[0] if strange else sites)} cannot be used: expected a list of Site, from find_sites")
+        raise UsageError(
+            f"sites {shown(strange[0] if strange else sites)} cannot be used: expected a list of Site, from find_sites"
+        )
     if not listed:
         raise UsageError("there is no site to plan; expected the sites that find_sites returns")
     for s in listed:
@@ -58,7 +60,9 @@ def check_budget(budget: int) -> int:
     """Return the budget as an int; anything but a whole number of adapter parameters, 0 or more, is a UsageError."""
     count = whole(budget)
     if count is None or count < 0:
-        raise UsageError(f"budget {shown(budget)} cannot be used: expected a whole number of adapter parameters, 0 or more")
+        raise UsageError(
+            f"budget {shown(budget)} cannot be used: expected a whole number of adapter parameters, 0 or more"
+        )
     return count
 
 
@@ -71,7 +75,9 @@ def per_site(values: Mapping[str, Any] | Sequence[Any] | np.ndarray, sites: Sequ
         return [values[s.path] for s in sites]
     # A set has no order, and text is no list of numbers.
     if isinstance(values, str | bytes | Set) or not isinstance(values, Iterable):
-        raise UsageError(f"{noun}s {shown(values)} cannot be used: expected a mapping from site paths, or a list in their order")
+        raise UsageError(
+            f"{noun}s {shown(values)} cannot be used: expected a mapping from site paths, or a list in their order"
+        )
     if getattr(values, "ndim", 1) != 1:
         shape = tuple(getattr(values, "shape", ()))
         raise UsageError(f"{noun}s have shape {shape}, expected ({len(sites)},): one for each site")
@@ -102,9 +108,7 @@ def check_plan(ranks: Mapping[str, int], sites: Sequence[Site], noun: str = "ran
     counts = {s.path: whole(ranks.get(s.path, 0)) for s in sites}
     wrong = [path for path, count in counts.items() if count is None or count < 0]
     if wrong:
-        raise UsageError(
-            f"{noun}s must be whole numbers, 0 or more, got {shown(ranks[wrong[0]])} at {shown(wrong[0])}"
-        )
+        raise UsageError(f"{noun}s must be whole numbers, 0 or more, got {shown(ranks[wrong[0]])} at {shown(wrong[0])}")
     for s in sites:
         count = counts[s.path] or 0
         if count * (s.d_in + s.d_out) > LARGEST * s.d_in * s.d_out:
@@ -134,6 +138,22 @@ def check_time_limit(seconds: float) -> float:
     if limit is None or not limit > 0:
         raise UsageError(f"time_limit {shown(seconds)} cannot be used: expected seconds, more than 0")
     return limit
+
+
+def check_dropout(rate: float) -> float:
+    """Return a dropout rate; anything but a number from 0 to below 1 is a UsageError."""
+    number = real(rate)
+    if number is None or not 0 <= number < 1:
+        raise UsageError(f"dropout {shown(rate)} cannot be used: expected a rate of 0 or more and below 1")
+    return number
+
+
+def check_factor(name: str, factor: float) -> float:
+    """Return alpha or a scale; anything but a number above 0 that float32 can hold is a UsageError."""
+    number = real(factor)
+    if number is None or not np.finfo(np.float32).tiny <= number <= np.finfo(np.float32).max:
+        raise UsageError(f"{name} {shown(factor)} cannot be used: expected a number above 0, in the range of float32")
+    return number
 
 
 def check_importances(

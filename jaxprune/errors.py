@@ -6,6 +6,8 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+import numpy as np
+
 
 class UsageError(ValueError):
     """Report input that the caller can mend; command lines print it as one line and exit with status 2."""
@@ -24,6 +26,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def shown(value: object) -> str:
     """Return what a user gave as one short line for an error message: its repr, the middle of a long one left out."""
+    value = value.item() if isinstance(value, np.generic) else value
     return " ".join(_SHORT.repr(value).split())
 
 

@@ -75,12 +75,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         elif hasattr(value, "shape") and hasattr(value, "dtype"):
             flat[path] = value
         else:
-            raise UsageError(f"the parameters hold {_kind(value)} at {shown(path)}; expected an array or a dict of arrays")
+            raise UsageError(
+                f"the parameters hold {_kind(value)} at {shown(path)}; expected an array or a dict of arrays"
+            )
     return flat
 
 
 def _is_tree(value: Any) -> bool:
-    # Of the mappings only those that JAX looks into: any other would be one opaque leaf to it. The leaves of an nnx state are no arrays.
+    # Only mappings that JAX looks into: any other is one leaf to it. The leaves of an nnx state are no arrays.
     return isinstance(value, Mapping) and not all_leaves([value]) and not hasattr(value, "to_pure_dict")
 
 

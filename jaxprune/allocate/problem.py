@@ -14,8 +14,8 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.checks import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.allocate.clock import Clock
+from jaxprune.checks import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
@@ -63,7 +63,9 @@ class Problem:
                 raise UsageError(f"{name} has shape {table.shape}, expected (sites, ranks) = {shape}")
         # NumPy makes objects of integers beyond 64 bits.
         if cost.dtype == object or (cost.dtype.kind in "iu" and sum(map(max, cost.tolist())) >= 2**62):
-            raise UsageError("the largest ranks take more adapter parameters than 64 bits can count; allow smaller ones")
+            raise UsageError(
+                "the largest ranks take more adapter parameters than 64 bits can count; allow smaller ones"
+            )
         if cost.dtype.kind not in "iu" or (cost < 0).any():
             raise UsageError("cost must hold whole numbers of adapter parameters, none negative")
         if value.dtype.kind not in "fiu":

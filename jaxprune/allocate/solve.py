@@ -10,12 +10,12 @@ from typing import SupportsFloat
 import numpy as np
 
 from jaxprune.allocate.bound import Relaxed, relax
-from jaxprune.checks import check_sites, check_time_limit
 from jaxprune.allocate.clock import TimeModel, make_clock
 from jaxprune.allocate.knapsack import knapsack
 from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocate.problem import Problem, default_budget, rank_problem
 from jaxprune.allocate.result import Plan, time_line
+from jaxprune.checks import check_sites, check_time_limit
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.sites import Site
 
@@ -79,7 +79,9 @@ def allocate(
 def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
     """Solve any rank problem; see `allocate` for the solvers, the errors and the ties."""
     if not isinstance(problem, Problem):
-        raise UsageError(f"problem {shown(problem)} cannot be solved: expected what rank_problem or prune_problem return")
+        raise UsageError(
+            f"problem {shown(problem)} cannot be solved: expected what rank_problem or prune_problem return"
+        )
     time_limit = check_time_limit(time_limit)
     names, notes = _candidates(solver)
     start = time.perf_counter()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
 from jaxprune.errors import UsageError
+from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_names
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
@@ -123,7 +122,7 @@ def save_peft(
     }
     from safetensors.numpy import save_file
 
-    with _new_folder(Path(folder)) as new:
+    with new_folder(checked_path("folder", folder), (CONFIG, TENSORS), "adapter") as new:
         save_file({**tensors, **head}, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         magnitudes = {key: value for key, value in tensors.items() if key.endswith(_MAGNITUDE)}
@@ -261,28 +260,6 @@ def _head_tensors(
                 raise UsageError(f"head leaf '{module}/{leaf}' of shape {value.shape} has no counterpart in PyTorch")
             tensors[f"{PREFIX}{name}.{_LEAVES[leaf]}"] = np.ascontiguousarray(value.T if leaf == "kernel" else value)
     return tensors, list(modules)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its place when the block ends well, and is removed if not."""
-    from safetensors import SafetensorError
-
-    folder = folder.resolve()
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{tag}") for tag in ("new", "old"))
-    try:
-        if folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - {CONFIG, TENSORS})):
-            raise UsageError(f"{folder} holds other files, such as {others[0]!r}; name a new folder for the adapter")
-        new.mkdir(parents=True)
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot write the adapter to {folder}: {error}; name a folder that can be written") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _verify(

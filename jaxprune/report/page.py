@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxprune.errors import UsageError
-from jaxprune.report.files import DPI, write_whole
+from jaxprune.files import write_whole
+from jaxprune.report.figure import DPI
 
 _PICTURES = {
     "pruning.png": "Adapter parameters and score over optimiser steps",

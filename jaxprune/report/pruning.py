@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxprune.errors import UsageError
-from jaxprune.report.files import DPI, write_figure
+from jaxprune.report.figure import DPI, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxprune.errors import UsageError, nearest
-from jaxprune.report.files import DPI, write_figure
+from jaxprune.report.figure import DPI, write_figure
 from jaxprune.sites import Site
 
 if TYPE_CHECKING:
