@@ -94,24 +94,29 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
             f"the weight at {shown(path)} has shape {trained.shape}, expected {flat[leaf].shape} as the parameter"
         )
     axes = getattr(adapter, "rank_axes", {})
-    *stack, d_in, d_out = flat[leaf].shape if axes else (0, 0)
     if axes.keys() >= {"a", "b"}:
+        *stack, d_in, d_out = flat[leaf].shape
         rank = adapter.a.shape[-1]
         if (adapter.a.shape, adapter.b.shape) != ((*stack, d_in, rank), (*stack, rank, d_out)):
             raise UsageError(
                 f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, which do not fit "
                 f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
             )
-    if axes and mask is not None:
-        name, axis = next(iter(axes.items()))
-        expected = (*stack, getattr(adapter, name).shape[axis])
-        if getattr(mask, "shape", None) != expected:
-            given = getattr(mask, "shape", None)
-            raise UsageError(
-                f"the mask at {shown(path)} is {shown(mask) if given is None else f'of shape {given}'}, expected {expected}: one "
-                f"entry a component"
-            )
+    check_mask(path, adapter, mask)
     return leaf
+
+
+def check_mask(path: str, adapter: Any, mask: Any) -> None:
+    """Raise where a mask is no array with one entry for every component of an adapter."""
+    axes = getattr(adapter, "rank_axes", {})
+    if not axes or mask is None:
+        return
+    name, axis = next(iter(axes.items()))
+    leaf = getattr(adapter, name)
+    expected, given = (*leaf.shape[:-2], leaf.shape[axis]), getattr(mask, "shape", None)
+    if given != expected:
+        what = shown(mask) if given is None else f"of shape {given}"
+        raise UsageError(f"the mask at {shown(path)} is {what}, expected shape {expected}: one entry a component")
 
 
 def check_mappings(adapters: Any, masks: Any) -> None:

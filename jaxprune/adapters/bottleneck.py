@@ -93,7 +93,8 @@ def init_bottleneck(
       activation: a key of `ACTIVATIONS`.
 
     Raises:
-      UsageError: a width is no whole number, 0 or more, or far beyond the kernel's size, all are 0, a path is not a site, or the activation is unknown.
+      UsageError: a width is no whole number, 0 or more, or far beyond the kernel's size, all are 0, a path is not a site, or
+        the activation is unknown.
 
     Returns:
       (adapters, masks), both keyed by site path.

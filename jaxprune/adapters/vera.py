@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Adapters, Array, drop, key_for, matmul
 from jaxprune.adapters.lora import Lora
-from jaxprune.checks import check_dropout, check_plan, check_sites, real
+from jaxprune.checks import check_dropout, check_plan, check_sites, real, whole
 from jaxprune.errors import UsageError, shown
 from jaxprune.sites import Site
 
@@ -128,6 +128,8 @@ def init_vera(
     """
     sites, dropout = check_sites(sites), check_dropout(dropout)
     d_in, d_out = max(site.d_in for site in sites), max(site.d_out for site in sites)
+    if whole(rank) is None or rank < 1:
+        raise UsageError(f"VeRA wants a rank of 1 or more, got {shown(rank)}")
     rank = next(iter(check_plan({SHARED: rank}, [Site(SHARED, d_in, d_out, 0, SHARED)]).values()))
     if (start := real(d_initial)) is None or not math.isfinite(start):
         raise UsageError(f"d_initial {shown(d_initial)} cannot be used: expected a number")

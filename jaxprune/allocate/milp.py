@@ -112,7 +112,7 @@ def _silence_highs() -> None:
     import highspy
 
     # The banner belongs to the first call of a method, and the constructor of Highs calls one; that of its base does not.
-    first = highspy.Highs.__base__()
+    first = highspy.Highs.__mro__[1]()
     first.setOptionValue("log_to_console", False)
     first.clear()
 

@@ -34,8 +34,8 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
 
     Raises:
       UsageError: the model is no instance of a Linen module or lacks the method; by the returned function, when it is traced:
-        an adapter's path is not in the parameters, an adapter or a mask does not fit there, or its module is not an `nn.Dense` that the call reached;
-        an adapter that would silently do nothing is an error.
+        an adapter's path is not in the parameters, an adapter or a mask does not fit there, or its module is not an
+        `nn.Dense` that the call reached; an adapter that would silently do nothing is an error.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
-from jaxprune.errors import UsageError
+from jaxprune.adapters.base import check_mappings, check_mask
+from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_names
@@ -39,7 +40,7 @@ def save_peft(
     initial: Adapters | None = None,
     torch_paths: TorchPaths | None = None,
     params: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = "SEQ_CLS",
     profile: str = "peft",
 ) -> None:
@@ -71,6 +72,15 @@ def save_peft(
         trained outside the head), `initial` or the head is incomplete, a path is missing in `torch_paths`, the folder
         cannot be written or holds other files.
     """
+    check_mappings(adapters, masks)
+    if initial is not None:
+        check_mappings(initial, {})
+    for path, adapter in adapters.items():
+        check_mask(path, adapter, masks.get(path))
+    base_model = os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model
+    for name, value in (("base_model", base_model), ("task_type", task_type)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{name} {shown(value)} cannot be used: expected text or None")
     weights = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Weight)}
     loras, masks = _as_written({path: x for path, x in adapters.items() if path not in weights}, masks, initial)
     doras = [path for path, adapter in loras.items() if isinstance(adapter, Dora)]
@@ -86,7 +96,7 @@ def save_peft(
             f"LoRA format; merge the adapters into the parameters and save those"
         )
     if profile not in ("peft", "vllm"):
-        raise UsageError(f"profile {profile!r} is unknown; expected 'peft' or 'vllm'")
+        raise UsageError(f"profile {shown(profile)} is unknown; expected 'peft' or 'vllm'")
     if profile == "vllm" and (weights or task_type in _TASK_HEADS):
         raise UsageError(
             f"vLLM refuses adapters with a trained head, and here are {len(weights)} of its leaves and task_type "
