@@ -30,7 +30,7 @@ def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
             f"sites {shown(strange[0] if strange else sites)} cannot be used: expected a list of Site, from find_sites"
         )
     if not listed:
-        raise UsageError("there is no site to plan; expected the sites that find_sites returns")
+        raise UsageError("there are no sites; expected those that find_sites returns")
     for s in listed:
         sizes = [whole(n) for n in (s.d_in, s.d_out, *s.stack)] if isinstance(s.stack, tuple) else [None]
         if not isinstance(s.path, str) or not all(size and 0 < size < _MOST for size in sizes):
