@@ -151,7 +151,7 @@ def check_dropout(rate: float) -> float:
 def check_factor(name: str, factor: float) -> float:
     """Return alpha or a scale; anything but a number above 0 that float32 can hold is a UsageError."""
     number = real(factor)
-    if number is None or not np.finfo(np.float32).tiny <= number <= np.finfo(np.float32).max:
+    if number is None or not float(np.finfo(np.float32).tiny) <= number <= float(np.finfo(np.float32).max):
         raise UsageError(f"{name} {shown(factor)} cannot be used: expected a number above 0, in the range of float32")
     return number
 

@@ -27,7 +27,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 def shown(value: object) -> str:
     """Return what a user gave as one short line for an error message: its repr, the middle of a long one left out."""
     value = value.item() if isinstance(value, np.generic) else value
-    return " ".join(_SHORT.repr(value).split())
+    text = " ".join(_SHORT.repr(value).split())
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 class _Short(reprlib.Repr):

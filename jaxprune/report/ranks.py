@@ -203,7 +203,7 @@ def _grid(ranks: Ranks, sites: Sequence[Site]) -> _Grid:
         given = np.array(ranks.get(site.path, 0), dtype=object)
         if given.shape not in ((), site.stack) or any((whole(r) or 0) < 0 or whole(r) is None for r in given.flat):
             raise UsageError(
-                f"rank {shown(ranks[site.path])} at {shown(site.path)} cannot be used: expected a whole number, 0 or more, or one "
+                f"rank {shown(ranks[site.path])} at {shown(site.path)} is wrong: expected a whole number, 0 or more, or one "
                 f"for each layer of a stack of shape {site.stack}"
             )
         own = np.broadcast_to(ranks.get(site.path, 0), site.stack).ravel()
