@@ -117,7 +117,7 @@ def _write_on(folder, begun):
 
 
 def test_a_folder_is_whole_whenever_its_writer_is_killed(tmp_path):
-    folder, moments, gaps = tmp_path / "model", random.Random(0), 0
+    folder, moments = tmp_path / "model", random.Random(0)
     for _ in range(20):
         begun = _FORKS.Event()
         writer = _FORKS.Process(target=_write_on, args=(folder, begun))
@@ -126,7 +126,6 @@ def test_a_folder_is_whole_whenever_its_writer_is_killed(tmp_path):
         time.sleep(moments.uniform(0, 0.02))
         writer.kill()
         writer.join()
-        gaps += not folder.exists()
         whole = [folder] if folder.exists() else [path for path in tmp_path.iterdir() if path.name.endswith(".old")]
         content(*whole)
     write_folder(folder, "end")
