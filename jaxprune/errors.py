@@ -10,11 +10,24 @@ import numpy as np
 
 
 class UsageError(ValueError):
-    """Report input that the caller can mend; command lines print it as one line and exit with status 2."""
+    """Report input that the caller can mend; command lines print it as one line and exit with status 2.
+
+    It is one line whatever it quotes: line breaks and what else cannot be printed stand as Python escapes them.
+    """
 
     def __init__(self, message: str) -> None:
-        # Names of files and of parameters may hold line breaks and control characters, and are quoted in messages.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def shown(value: object) -> str:
+    """Return how Python writes a value, shortened where it is long, for an error message."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return clipped(" ".join(_SHORT.repr(value).split()))
+
+
+def clipped(text: str, width: int = 200) -> str:
+    """Return the start of a long text, for an error message."""
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -22,13 +35,6 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     known = sorted(set(known))
     close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.0)
     return ", ".join(shown(one)[1:-1] for one in close) if close else "(none)"
-
-
-def shown(value: object) -> str:
-    """Return what a user gave as one short line for an error message: its repr, the middle of a long one left out."""
-    value = value.item() if isinstance(value, np.generic) else value
-    text = " ".join(_SHORT.repr(value).split())
-    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 class _Short(reprlib.Repr):

@@ -14,8 +14,8 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import check_key, check_mappings, check_mask, leaves_of
-from jaxprune.checks import whole
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import whole
 from jaxprune.methods.base import Context, Method
 from jaxprune.prune import Decision, apply, compact, survivors, zero_dead
 from jaxprune.sites import Site

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, key_for, matmul
-from jaxprune.checks import check_plan
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_plan
 from jaxprune.sites import Site
 
 ACTIVATIONS = {

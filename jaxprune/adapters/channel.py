@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.dora import Dora
-from jaxprune.checks import whole
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import whole
 
 # sigmoid(+-SETTLED / temperature) is 1 or 0 in float32, so its derivative is exactly 0.
 SETTLED = 1e4

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, key_for, matmul
-from jaxprune.checks import check_dropout, check_factor, check_plan
+from jaxprune.inputs import check_dropout, check_factor, check_plan
 from jaxprune.sites import Site
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Adapters, Array, drop, key_for, matmul
 from jaxprune.adapters.lora import Lora
-from jaxprune.checks import check_dropout, check_plan, check_sites, real, whole
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_dropout, check_plan, check_sites, real, whole
 from jaxprune.sites import Site
 
 # No site can have this path: it names no module.

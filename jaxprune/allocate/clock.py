@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxprune.checks import check_rank_of_each, check_sites, real, whole
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_rank_of_each, check_sites, real, whole
 from jaxprune.sites import Site
 
 YARDSTICK = 16  # step times are told relative to this rank at every site

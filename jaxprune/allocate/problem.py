@@ -15,8 +15,8 @@ from typing import SupportsFloat
 import numpy as np
 
 from jaxprune.allocate.clock import Clock
-from jaxprune.checks import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.errors import UsageError
+from jaxprune.inputs import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.sites import Site
 
 

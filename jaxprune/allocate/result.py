@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxprune.checks import check_rank_of_each, check_sites
+from jaxprune.inputs import check_rank_of_each, check_sites
 from jaxprune.sites import Site
 
 WIDTH = 100

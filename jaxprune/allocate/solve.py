@@ -15,8 +15,8 @@ from jaxprune.allocate.knapsack import knapsack
 from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocate.problem import Problem, default_budget, rank_problem
 from jaxprune.allocate.result import Plan, time_line
-from jaxprune.checks import check_sites, check_time_limit
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_sites, check_time_limit
 from jaxprune.sites import Site
 
 KNAPSACK = "DP"

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Dora, Lora, Weight
-from jaxprune.checks import check_dropout, check_sites, real, whole
 from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, reason
+from jaxprune.inputs import check_dropout, check_sites, real, whole
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, saved_whole, selects, torch_names
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, expression
 

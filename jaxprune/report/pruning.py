@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.checks import check_budget
 from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_budget
 from jaxprune.report.figure import DPI, write_figure
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.checks import check_budget, check_sites, whole
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_budget, check_sites, whole
 from jaxprune.report.figure import DPI, write_figure
 from jaxprune.sites import Site
 

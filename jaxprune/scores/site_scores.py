@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.checks import check_sites
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_sites
 from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
 from jaxprune.sites import Site, flatten
 
