@@ -117,7 +117,7 @@ def new_folder(folder: Path, may_replace: Sequence[str], what: str) -> Iterator[
         _check_replaceable(folder, may_replace, what)
         _swap(folder, new, old)
         _names_to_disk(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"cannot write the {what} to {folder}: {reason(error)}; name a folder that can be written"
@@ -185,7 +185,14 @@ def _clear_up(folder: Path, may_replace: Sequence[str]) -> None:
         if left[2] == "old" and not folder.exists():
             path.rename(folder)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
+
+
+def _discard(aside: Path) -> None:
+    """Remove a folder, first renamed: a half of an old one must not be taken for one to bring back."""
+    if aside.exists():
+        aside = aside.rename(aside.with_suffix(".new"))
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set, Sized
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from numbers import Integral
 from typing import Any, SupportsFloat
@@ -23,12 +23,9 @@ LARGEST = 100
 
 def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Return the sites as a tuple; anything but sites with whole sizes, each path once, is a UsageError."""
-    listed = () if isinstance(sites, Site | str) or not isinstance(sites, Iterable) else tuple(sites)
-    strange = [site for site in listed if not isinstance(site, Site)]
-    if strange or not (listed or isinstance(sites, Sized)) or isinstance(sites, Site | str):
-        raise UsageError(
-            f"sites {shown(strange[0] if strange else sites)} cannot be used: expected a list of Site, from find_sites"
-        )
+    listed = tuple(sites) if isinstance(sites, Iterable) else (None,)
+    if not all(isinstance(site, Site) for site in listed):
+        raise UsageError(f"sites {shown(sites)} cannot be used: expected a list of Site, from find_sites")
     if not listed:
         raise UsageError("there are no sites; expected those that find_sites returns")
     for s in listed:
@@ -103,7 +100,6 @@ def check_plan(ranks: Mapping[str, int], sites: Sequence[Site], noun: str = "ran
     """Return the ranks above 0 by site path, in the order of the sites, for adapters to be made of them."""
     if not isinstance(ranks, Mapping):
         raise UsageError(f"{noun}s {shown(ranks)} cannot be used: expected {{site path: {noun}}}, such as plan.ranks")
-    sites = check_sites(sites)
     check_paths(ranks, sites, f"{noun}s")
     counts = {s.path: whole(ranks.get(s.path, 0)) for s in sites}
     wrong = [path for path, count in counts.items() if count is None or count < 0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, key_for, matmul
 from jaxprune.errors import UsageError, shown
-from jaxprune.inputs import check_plan
+from jaxprune.inputs import check_plan, check_sites
 from jaxprune.sites import Site
 
 ACTIVATIONS = {
@@ -101,6 +101,7 @@ def init_bottleneck(
     """
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UsageError(f"activation {shown(activation)} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    sites = check_sites(sites)
     planned = check_plan(widths, sites, "width")
     adapters, masks = {}, {}
     for site in sites:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, key_for, matmul
-from jaxprune.inputs import check_dropout, check_factor, check_plan
+from jaxprune.inputs import check_dropout, check_factor, check_plan, check_sites
 from jaxprune.sites import Site
 
 
@@ -97,7 +97,8 @@ def init_lora(
     Returns:
       (adapters, masks), both keyed by site path.
     """
-    planned, dropout = check_plan(ranks, sites), check_dropout(dropout)
+    sites, dropout = check_sites(sites), check_dropout(dropout)
+    planned = check_plan(ranks, sites)
     scale, alpha = check_factor("scale", scale), None if alpha is None else check_factor("alpha", alpha)
     adapters, masks = {}, {}
     for site in sites:
