@@ -23,7 +23,7 @@ LARGEST = 100
 
 def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Return the sites as a tuple; anything but sites with whole sizes, each path once, is a UsageError."""
-    listed = tuple(sites) if isinstance(sites, Iterable) else (None,)
+    listed: tuple[Any, ...] = tuple(sites) if isinstance(sites, Iterable) else (None,)
     if not all(isinstance(site, Site) for site in listed):
         raise UsageError(f"sites {shown(sites)} cannot be used: expected a list of Site, from find_sites")
     if not listed:
