@@ -23,8 +23,9 @@ from experiments.config import GlueConfig
 from experiments.folder import Folder
 from experiments.stopping import Stop, Stopped, before_end
 from experiments.tasks import get_task
-from jaxprune.errors import UsageError
-from jaxprune.report.files import write_figure, write_whole
+from jaxprune.errors import UsageError, reason
+from jaxprune.files import write_whole
+from jaxprune.report.figure import write_figure
 
 PROGRAM = "experiments.compare"
 # What the table takes from a summary.
@@ -63,6 +64,7 @@ class Run(NamedTuple):
 def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Run what is missing, then write table.md and compare.png; return a row for each method and task."""
     config, flags = parse_known(CompareConfig, arguments, PROGRAM)
+    assert config.output_dir
     for name in ("methods", "tasks", "seeds"):
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
@@ -120,7 +122,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{str(folder / 'summary.json')!r} is damaged ({str(error).splitlines()[0]}); move it away, and the run is ended "
+            f"{str(folder / 'summary.json')!r} is damaged ({reason(error)}); move it away, and the run is ended "
             f"anew from its last checkpoint"
         ) from None
 

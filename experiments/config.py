@@ -17,8 +17,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from experiments.presets import preset
 from experiments.settings import check_once, further
 from jaxprune.allocate import SOLVERS
-from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check, shown
-from jaxprune.errors import UsageError
+from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check
+from jaxprune.errors import UsageError, shown
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_TASK = "grammar"

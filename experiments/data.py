@@ -328,7 +328,7 @@ def _number(label: Any) -> float:
 
 def _is_unicode(text: str) -> bool:
     try:
-        text.isascii() or text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -28,7 +28,7 @@ from experiments.pruning import Pruner
 from experiments.recording import MADE, Clock, Recorder, rewind
 from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
-from experiments.tokens import encode
+from experiments.tokens import check_ids, encode
 from jaxprune import methods, report
 from jaxprune.adapters import init_weights
 from jaxprune.allocate import Plan
@@ -244,6 +244,8 @@ def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
         )
     rows = load_task(task, config.data_dir, config.max_train_samples)
     encoded = {split: encode(part, model.folder, config.max_length) for split, part in rows.items()}
+    for part in encoded.values():
+        check_ids(part, model.config, model.folder)
     few = encode(rows["train"].first(500), model.folder, config.max_length)
     validation = {split: encoded[split] for split in task.validation}
     return Data(

@@ -17,12 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.errors import UsageError
-from jaxprune.report.files import write_json
+from jaxprune.errors import UsageError, reason
+from jaxprune.files import write_json
 
 MARKER, LOCK = ".jaxprune.json", ".jaxprune.lock"
-# Files and folders that are written beside their place, as a process leaves them that is killed before it moves them there.
-_UNFINISHED = re.compile(r"\..+\.\d+\.(new|old)")
 _STEP = re.compile(r"\d+(\.old)?(\.jaxprune-tmp)?")  # what is made in checkpoints/
 
 
@@ -38,6 +36,9 @@ class Folder:
     def __init__(self, path: Path, names: Sequence[str], kind: str = "run") -> None:
         self.path, self._kind = path, kind
         self._names = {name.rstrip("/"): name.endswith("/") for name in names}
+        # What is written beside its place, as a process leaves it that is killed before it moves it there.
+        known = "|".join(map(re.escape, (*self._names, MARKER)))
+        self._unfinished = re.compile(rf"\.({known})\.\d+\.(new|old)")
         self._lock: int | None = None
         self._known = False  # whether `check` found that an earlier run made the folder
         self._made: dict[str, list[str] | None] = {}  # name -> the files in a folder that is complete, None for any
@@ -118,7 +119,7 @@ class Folder:
                     _remove(self.path / name)
                 self._made = {}
             for name in os.listdir(self.path):
-                if _UNFINISHED.fullmatch(name):
+                if self._unfinished.fullmatch(name):
                     _remove(self.path / name)
             self._write_marker()
         except OSError as error:
@@ -150,7 +151,7 @@ class Folder:
                 raise ValueError("made is no list of names")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
-                f"{str(path)!r}, the list of what a {self._kind} made there, is damaged ({_first_line(error)}); choose another "
+                f"{str(path)!r}, the list of what a {self._kind} made there, is damaged ({reason(error)}); choose another "
                 f"folder"
             ) from None
         self._made = {name: made[name] for name in made if name in self._names}
@@ -181,7 +182,7 @@ class Folder:
                         yield repr(f"{name}/{part}")
 
     def _must_be_empty(self) -> None:
-        found = sorted(name for name in os.listdir(self.path) if name != LOCK and not _UNFINISHED.fullmatch(name))
+        found = sorted(name for name in os.listdir(self.path) if name != LOCK and not self._unfinished.fullmatch(name))
         if found:
             made = (
                 "another process has begun there"
@@ -233,7 +234,3 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path)  # which does not follow links
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

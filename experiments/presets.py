@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxprune.checks import one_of, shown
-from jaxprune.errors import UsageError
+from jaxprune.checks import one_of
+from jaxprune.errors import UsageError, shown
 
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 

@@ -22,8 +22,8 @@ from experiments.metrics import compute
 from experiments.packing import Batches
 from experiments.tasks import Task
 from jaxprune import report
+from jaxprune.files import write_whole
 from jaxprune.methods import Method
-from jaxprune.report.files import write_whole
 from jaxprune.train import NonFiniteError, TrainState
 
 # What a run may leave in its folder.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_origin, get_type_hints
 
 from jaxprune import methods
-from jaxprune.checks import check, shown
-from jaxprune.errors import UsageError, nearest
+from jaxprune.checks import check
+from jaxprune.errors import UsageError, nearest, shown
 
 # What is so because of the run and the model, whatever anyone wants.
 _FIXED = ("total_steps", "heads")

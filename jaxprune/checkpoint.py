@@ -14,11 +14,9 @@ import errno
 import json
 import logging
 import math
-import operator
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ import optax
 from jaxprune import adapters as kinds_of_adapters
 from jaxprune import checkpoint_files as files
 from jaxprune.adapters.base import leaves_of
-from jaxprune.errors import UsageError
+from jaxprune.checks import Range, whole
+from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Method
 from jaxprune.sites import Site
 from jaxprune.train import TrainState, init_state, leaf_names
@@ -54,7 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, kinds: Sequence[type] = ()) -> None:
-        self._keep = _integer("keep", keep, 1)
+        self._keep = whole("keep", keep, Range(1))
         self.folder = _folder(folder)
         known = [kind for kind in vars(kinds_of_adapters).values() if isinstance(kind, type)]
         self._kinds: dict[str, type] = {kind.__name__: kind for kind in (*known, *kinds)}
@@ -273,11 +272,11 @@ class Checkpoints:
                 raise UsageError(f"no checkpoint in {str(self.folder)!r}; it has none")
             return self._check(latest)
         self.wait()
-        step = _integer("step", step, 0)
+        step = whole("step", step, Range(0))
         try:
             if step in self._numbered():
                 return self._check(step)
-            wrong = f"no checkpoint of step {_brief(step)} in {str(self.folder)!r}"
+            wrong = f"no checkpoint of step {shown(step)} in {str(self.folder)!r}"
         except files.Damaged as error:
             wrong = self._bad({step: str(error)})
         steps = self._steps()
@@ -376,25 +375,15 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
         pass  # it is made when the first checkpoint is saved
     except (TypeError, ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"folder {_brief(folder)} cannot hold checkpoints ({reason}); choose another") from None
+        raise UsageError(f"folder {shown(folder)} cannot hold checkpoints ({reason}); choose another") from None
     return Path(path).absolute()
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = least - 1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise UsageError(f"{name} {_brief(value)} cannot be used; expected a whole number, {least} or more")
-    return number
 
 
 def _score(score: Any) -> float | None:
     try:
         value = math.nan if score is None else float(score)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"score {_brief(score)} cannot be used; expected a number, or None") from None
+        raise UsageError(f"score {shown(score)} cannot be used; expected a number, or None") from None
     return None if math.isnan(value) else value
 
 
@@ -407,16 +396,7 @@ def _step_of(state: Any) -> int:
         raise UsageError(
             f"a state whose step has shape {jnp.shape(state.step)} cannot be saved; save one run at a time"
         )
-    return _integer("the state's step", state.step, 0)
-
-
-def _brief(value: Any) -> str:
-    """Return the repr of a value, without its middle where it is long."""
-    try:
-        said = repr(value)
-    except ValueError:  # Python writes no integer of more digits
-        return f"of more than {sys.get_int_max_str_digits():,} digits"
-    return said if len(said) <= 120 else f"{said[:60]}...{said[-50:]}"
+    return whole("the state's step", np.asarray(state.step)[()], Range(0))
 
 
 def _list(steps: Sequence[int]) -> str:

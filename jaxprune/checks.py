@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 import numpy as np
 
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError, nearest, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,15 +82,6 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
-
-
-def shown(value: object, most: int = 60) -> str:
-    """Return the repr of a value on one line, shortened where it is long."""
-    try:
-        text = " ".join(repr(value).split())
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists nested as deep
-        return f"of type {type(value).__name__}, too large to print,"
-    return text if len(text) <= most else f"{text[: most - 15]}...{text[-12:]}"
 
 
 def whole(name: str, value: object, bounds: Range = Range()) -> int:

@@ -6,8 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+import numpy as np
 
 
 class UsageError(ValueError):
@@ -22,10 +21,8 @@ class UsageError(ValueError):
 
 def shown(value: object) -> str:
     """Return how Python writes a value, shortened where it is long, for an error message."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"{type(value).__name__} too long to write"
+    value = value.item() if isinstance(value, np.generic) else value
+    return clipped(" ".join(_SHORT.repr(value).split()))
 
 
 def clipped(text: str, width: int = 200) -> str:
@@ -34,12 +31,26 @@ def clipped(text: str, width: int = 200) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what another library's error says as a part of one line; its type where it says nothing."""
-    return clipped(" ".join(str(error).split()) or type(error).__name__)
+    """Return what another's error says as a part of one line, without names of files; its type where it says nothing."""
+    return clipped(" ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return the known names closest to `name`, comma-separated, for an error message."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.0)
-    return ", ".join(close) if close else "(none)"
+    close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.0)
+    return ", ".join(shown(one)[1:-1] for one in close) if close else "(none)"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write integers of thousands of digits.
+        digits = int(x.bit_length() * 0.30103)
+        return super().repr_int(x, level) if digits < 1000 else f"<a whole number of about {digits} digits>"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlong = 40
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = 6
+_SHORT.maxlevel = 2

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxprune.errors import UsageError, nearest
+import jax.numpy as jnp
+from jax.tree_util import all_leaves, keystr, tree_map_with_path
+
+from jaxprune.errors import UsageError, nearest, shown
 
 # Output heads and poolers are small, task-specific and trained whole: `all-linear` leaves them out, as PEFT does.
 DEFAULT_EXCLUDE = r"(^|/)(head|classifier|pre_classifier|pooler|lm_head|score)(/|$)"
@@ -42,20 +45,58 @@ class Site:
         return rank * (self.d_in + self.d_out) * math.prod(self.stack)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested mapping into {path joined by '/': leaf}."""
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a parameter tree into {path joined by '/': leaf}; sub-trees without a leaf are left out.
+
+    Raises:
+      UsageError: this is no tree of nested dicts whose keys are texts without '/' and whose leaves are arrays.
+    """
+    if not _is_tree(params):
+        raise UsageError(
+            f"the parameters are {_kind(params)}; expected nested dicts of arrays: model.init(...)['params'], or of an nnx state "
+            f"nnx.to_pure_dict(state)"
+        )
+    if _is_tree(params.get("params")):
+        raise UsageError(
+            "the parameters have the key 'params' at their top, as all variables of a model have; pass variables['params']"
+        )
+    return _flatten(params, "")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, path + "/"))
-        else:
+        if not isinstance(key, str) or not key or "/" in key:
+            at = f" below {shown(prefix[:-1])}" if prefix else ""
+            raise UsageError(f"the parameters have the key {shown(key)}{at}; expected text, not empty and without '/'")
+        path = prefix + key
+        if _is_tree(value):
+            flat.update(_flatten(value, path + "/"))
+        elif hasattr(value, "shape") and hasattr(value, "dtype"):
             flat[path] = value
+        else:
+            raise UsageError(
+                f"the parameters hold {_kind(value)} at {shown(path)}; expected an array or a dict of arrays"
+            )
     return flat
 
 
+def _is_tree(value: Any) -> bool:
+    # Only mappings that JAX looks into: any other is one leaf to it. The leaves of an nnx state are no arrays.
+    return isinstance(value, Mapping) and not all_leaves([value]) and not hasattr(value, "to_pure_dict")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def with_leaves(params: Mapping[str, Any], flat: Mapping[str, Any]) -> Any:
+    """Return the parameter tree with the leaves of `flat`; its structure stays, empty sub-trees and kinds of dicts too."""
+    return tree_map_with_path(lambda path, _: flat[keystr(path, simple=True, separator="/")], params)
+
+
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nest {path joined by '/': leaf} back into a tree of dicts."""
+    """Nest {path joined by '/': leaf} into a tree of dicts."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -67,7 +108,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _natural(path: str) -> list[Any]:
-    return [(1, int(t), "") if t.isdigit() else (0, 0, t) for t in re.split(r"(\d+)", path)]
+    # Numbers compare by length, then by digits: as integers do, of whatever length.
+    parts = ((t.lstrip("0"), t) for t in re.split(r"([0-9]+)", path))
+    return [(1, len(n), n) if t[:1].isdecimal() and t.isascii() else (0, 0, t) for n, t in parts]
 
 
 def find_sites(
@@ -95,21 +138,34 @@ def find_sites(
     kernels = {p: v for p, v in kernels.items() if len(v.shape) >= 2}
     if not kernels:
         raise UsageError("the parameter tree has no leaf named 'kernel' with two or more axes, so nothing to adapt")
-    if targets == "all-linear":
-        chosen = {p for p in kernels if not re.search(exclude, p)}
+    if isinstance(targets, str) and targets == "all-linear":
+        excluded = expression("exclude", exclude)
+        chosen = {p for p in kernels if not excluded.search(p)}
+        if not chosen:
+            raise UsageError(f"all-linear leaves out every kernel, such as {next(iter(kernels))!r}; name the targets")
     elif isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UsageError(f"target {targets!r} is not a regular expression: {error}") from None
+        pattern = expression("target", targets)
         chosen = {p for p in kernels if pattern.fullmatch(p)}
         _require_match(targets, chosen, kernels)
     else:
+        suffixes = list(targets) if isinstance(targets, Iterable) else []
+        if not suffixes or not all(isinstance(suffix, str) for suffix in suffixes):
+            raise UsageError(
+                f"targets {shown(targets)} cannot be used: expected 'all-linear', a list of path suffixes such as ['query'], or "
+                f"a regular expression"
+            )
         chosen = set()
-        for suffix in targets:
+        for suffix in suffixes:
             matched = {p for p in kernels if p == suffix or p.endswith("/" + suffix)}
             _require_match(suffix, matched, kernels)
             chosen |= matched
+    wrong = [p for p in chosen if 0 in kernels[p].shape or not jnp.issubdtype(kernels[p].dtype, jnp.floating)]
+    if wrong:
+        kernel = kernels[min(wrong)]
+        raise UsageError(
+            f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
+            f"numbers and no empty axis; leave it out of the targets"
+        )
     sites = []
     for path in chosen:
         *stack, d_in, d_out = kernels[path].shape
@@ -121,14 +177,24 @@ def find_sites(
 def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Site:
     """Make the site of a kernel, its layer and type read from its path."""
     parents, _, name = path.rpartition("/")
-    number = re.search(r"\d+", parents)
+    number = re.search(r"(?<![0-9])[0-9]{1,9}(?![0-9])", parents)  # no model has 10^9 layers
     return Site(path, d_in, d_out, int(number[0]) if number else 0, name, stack)
+
+
+def expression(what: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression that a user gave; what is none is a UsageError."""
+    if not isinstance(pattern, str):
+        raise UsageError(f"{what} {shown(pattern)} is not a regular expression: expected text")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{what} {shown(pattern)} is not a regular expression: {error}") from None
 
 
 def _require_match(pattern: str, matched: set[str], kernels: Mapping[str, Any]) -> None:
     if not matched:
         names = set(kernels) | {p.rsplit("/", 1)[-1] for p in kernels}
         raise UsageError(
-            f"target {pattern!r} matches no kernel; expected 'all-linear', path suffixes or a regular expression "
+            f"target {shown(pattern)} matches no kernel; expected 'all-linear', path suffixes or a regular expression "
             f"matching a whole path; nearest names: {nearest(pattern, names)}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.adapters.base import leaves_of
+from jaxprune.adapters.base import check_key, check_mappings, check_mask, leaves_of
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import whole
 from jaxprune.methods.base import Context, Method
 from jaxprune.prune import Decision, apply, compact, survivors, zero_dead
 from jaxprune.sites import Site
@@ -54,10 +56,33 @@ def init_state(
       optimizer: any Optax chain.
       method: whose own state to make; None for none.
       sites: passed to the method.
+
+    Raises:
+      UsageError: an argument is of another kind, or a mask does not fit its adapter.
     """
+    check_key(key)
+    check_mappings(adapters, masks)
+    _check_parts(optimizer, method)
+    for path, adapter in adapters.items():
+        if not dataclasses.is_dataclass(adapter):
+            raise UsageError(
+                f"the adapter at {shown(path)} is {shown(adapter)}; expected one that init_lora or a method made"
+            )
+        check_mask(path, adapter, masks.get(path))
     method_state = method.init(adapters, masks, sites) if method else ()
     opt_state = only_trained(optimizer, adapters).init(adapters)
     return TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key)
+
+
+def _check_parts(optimizer: Any, method: Any) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise UsageError(
+            f"optimizer {shown(optimizer)} cannot be used: expected an Optax chain, such as optax.adamw(1e-3)"
+        )
+    if method is not None and not isinstance(method, Method):
+        raise UsageError(
+            f"method {shown(method)} cannot be used: expected what a factory returns, such as jaxprune.lora()"
+        )
 
 
 def only_trained(optimizer: optax.GradientTransformation, adapters: Adapters) -> optax.GradientTransformation:
@@ -155,8 +180,22 @@ def make_step(
       method: its `observe`, `penalty` and `project` take part in the step.
       accumulate: microbatches a step; each leaf of a batch then has a leading axis of that length, and losses and gradients
         are averaged over it.
-      donate: let XLA reuse the old state's memory; the state passed in is then gone.
+      donate: let XLA reuse the old state's memory; the state passed in is then gone, and JAX raises an error ("Array has
+        been deleted") where it is used again.
+
+    Raises:
+      UsageError: an argument is of another kind; by the step, when it is traced: the loss is no single number, or a batch has
+        no axis of microbatches.
     """
+    _check_parts(optimizer, method)
+    for name, function in (("forward", forward), ("loss_fn", loss_fn)):
+        if not callable(function):
+            raise UsageError(f"{name} {shown(function)} cannot be called; expected a function")
+    if (micro := whole(accumulate)) is None or micro < 1:
+        raise UsageError(
+            f"accumulate {shown(accumulate)} cannot be used: expected a whole number of microbatches, 1 or more"
+        )
+    accumulate = micro
 
     def loss(adapters, zeros, masks, params, batch, key, step):
         regular = method.penalty(adapters) if method and method.penalty else 0.0
@@ -165,12 +204,20 @@ def make_step(
         if zeros is not None and method and method.probes:
             adapters = method.probes.wrap(adapters, zeros)
         value = loss_fn(lambda *inputs, **kw: forward(params, adapters, masks, *inputs, **kw), batch, key)
-        return (value[0] if isinstance(value, tuple) else value) + regular
+        value = value[0] if isinstance(value, tuple) else value
+        if jnp.shape(value) != ():
+            raise UsageError(
+                f"loss_fn returned an array of shape {jnp.shape(value)}; expected a number, such as its mean"
+            )
+        return value + regular
 
     def value_and_grads(state, params, batch, key, zeros):
         grad = jax.value_and_grad(loss, argnums=(0, 1))
         if accumulate == 1:
             return grad(state.adapters, zeros, state.masks, params, batch, key, state.step)
+
+        if any(jnp.shape(leaf)[:1] != (accumulate,) for leaf in jax.tree.leaves(batch)):
+            raise UsageError(f"with accumulate={accumulate} each leaf of a batch needs a leading axis of that length")
 
         def add(total, item):
             index, micro = item
@@ -270,15 +317,24 @@ def fit(
 
     Raises:
       NonFiniteError: a loss or gradient is NaN or infinite.
+      UsageError: an argument is of another kind, or the state was donated to a step before.
     """
     from tqdm import tqdm
 
+    if (total := whole(total_steps)) is None or total < 0:
+        raise UsageError(f"total_steps {shown(total_steps)} cannot be used: expected a whole number, 0 or more")
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+        raise UsageError(f"batches {shown(batches)} cannot be used: expected a list of batches, or an iterator")
+    if not isinstance(state, TrainState):
+        raise UsageError(f"state {shown(state)} cannot be used: expected what init_state returns")
+    if getattr(state.step, "is_deleted", bool)():
+        raise UsageError("the state was donated to a step before; go on with the state that the step returned")
     names = [*leaf_names(state.adapters), "the loss"]
     number = int(state.step)
     pending: collections.deque = collections.deque()
     # A terminal is redrawn; a log file gets a line every quarter of a minute.
     interval = 0.2 if sys.stderr.isatty() else 15.0
-    bar = tqdm(total=total_steps, initial=number, unit="step", disable=not progress, mininterval=interval, ncols=100)
+    bar = tqdm(total=total, initial=number, unit="step", disable=not progress, mininterval=interval, ncols=100)
 
     def settle() -> None:
         done, launched = pending.popleft()
@@ -290,12 +346,12 @@ def fit(
                 f"step {done}: {what} is not finite (loss {metrics['loss']:.4g}); lower the learning rate, clip "
                 f"gradients, or look for bad values in the data"
             )
-        shown["loss"] = f"{metrics['loss']:.4f}"
-        bar.set_postfix(shown, refresh=False)
+        postfix["loss"] = f"{metrics['loss']:.4f}"
+        bar.set_postfix(postfix, refresh=False)
         bar.update(1)
         log(done, metrics)
 
-    shown: dict[str, str] = {}
+    postfix: dict[str, str] = {}
     with bar:
         for batch in batches:
             state, metrics = step(params, state, batch)
@@ -307,7 +363,7 @@ def fit(
                 state, note = pause(number, state)
                 names = [*leaf_names(state.adapters), "the loss"]
                 if note:
-                    shown["eval"] = note
+                    postfix["eval"] = note
             if stop():
                 break
         while pending:

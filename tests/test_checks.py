@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.checks import HostOnly, OneOf, Range, check, checked, shown
+from jaxprune.checks import HostOnly, OneOf, Range, check, checked
+from jaxprune.errors import shown
 
 NAN, INF = float("nan"), float("inf")
 MUST = {"total_steps": 500, "measure_at": 5}

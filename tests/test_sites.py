@@ -53,5 +53,8 @@ def test_other_bad_input():
 
 
 def test_flatten_and_unflatten_are_inverse():
-    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert unflatten(flatten(tree)) == tree
+    one, two, three = np.zeros(1), np.zeros(2), np.zeros(3)
+    tree = {"a": {"b": one, "c": {"d": two}}, "e": three}
+    flat = flatten(tree)
+    assert flat == {"a/b": one, "a/c/d": two, "e": three}
+    assert unflatten(flat) == tree

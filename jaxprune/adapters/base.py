@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.errors import UsageError, nearest, shown
+
 Array = jax.Array
 
 
@@ -56,7 +58,72 @@ def leaves_of(adapter: Any) -> dict[str, Any]:
 
 def key_for(key: Array, path: str) -> Array:
     """Derive a site's random key from its path, so that adding or removing a site leaves every other one unchanged."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return jax.random.fold_in(check_key(key), zlib.crc32(path.encode(errors="surrogatepass")))
+
+
+def check_key(key: Array) -> Array:
+    """Return a random key; anything else is a UsageError."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+    if not typed and not (isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)):
+        raise UsageError(f"key {shown(key)} is no random key; pass jax.random.key(seed)")
+    return key
+
+
+def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
+    """Return the path of the leaf that an adapter belongs to, after checking that adapter and mask fit it.
+
+    Args:
+      flat: the parameters, {path: leaf}.
+      path: the adapter's.
+      adapter: of any kind; a kind that stands in for a leaf has a `value`, every other one belongs to a kernel.
+      mask: of the adapter, or None.
+
+    Raises:
+      UsageError: there is no such leaf, or a shape differs.
+    """
+    whole = hasattr(adapter, "value")
+    if not isinstance(path, str) or (leaf := path if whole else f"{path}/kernel") not in flat:
+        near = nearest(str(path) if whole else f"{path}/kernel", flat)
+        raise UsageError(f"adapter path {shown(path)} is not in the parameters; nearest names: {near}")
+    if not (hasattr(adapter, "merge") or hasattr(adapter, "linear")):
+        raise UsageError(
+            f"the adapter at {shown(path)} is {shown(adapter)}; expected one that init_lora or a method made"
+        )
+    if (trained := getattr(adapter, "value", flat[leaf])).shape != flat[leaf].shape:
+        raise UsageError(
+            f"the weight at {shown(path)} has shape {trained.shape}, expected {flat[leaf].shape} as the parameter"
+        )
+    axes = getattr(adapter, "rank_axes", {})
+    if axes.keys() >= {"a", "b"}:
+        *stack, d_in, d_out = flat[leaf].shape
+        rank = adapter.a.shape[-1]
+        if (adapter.a.shape, adapter.b.shape) != ((*stack, d_in, rank), (*stack, rank, d_out)):
+            raise UsageError(
+                f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, which do not fit "
+                f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
+            )
+    check_mask(path, adapter, mask)
+    return leaf
+
+
+def check_mask(path: str, adapter: Any, mask: Any) -> None:
+    """Raise where a mask is no array with one entry for every component of an adapter."""
+    axes = getattr(adapter, "rank_axes", {})
+    if not axes or mask is None:
+        return
+    name, axis = next(iter(axes.items()))
+    leaf = getattr(adapter, name)
+    expected, given = (*leaf.shape[:-2], leaf.shape[axis]), getattr(mask, "shape", None)
+    if given != expected:
+        what = shown(mask) if given is None else f"of shape {given}"
+        raise UsageError(f"the mask at {shown(path)} is {what}, expected shape {expected}: one entry a component")
+
+
+def check_mappings(adapters: Any, masks: Any) -> None:
+    """Raise where adapters or masks are no mappings."""
+    for name, value in (("adapters", adapters), ("masks", masks)):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{name} {shown(value)} cannot be used: expected {{site path: {name.rstrip('s')}}}")
 
 
 def matmul(x_NxI: Array, kernel_IxO: Array) -> Array:

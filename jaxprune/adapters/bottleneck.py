@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, key_for, matmul
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_plan, check_sites
 from jaxprune.sites import Site
 
 ACTIVATIONS = {
@@ -92,21 +93,19 @@ def init_bottleneck(
       activation: a key of `ACTIVATIONS`.
 
     Raises:
-      UsageError: a width is negative, all are 0, a path is not a site, or the activation is unknown.
+      UsageError: a width is no whole number, 0 or more, or far beyond the kernel's size, all are 0, a path is not a site, or
+        the activation is unknown.
 
     Returns:
       (adapters, masks), both keyed by site path.
     """
-    if activation not in ACTIVATIONS:
-        raise UsageError(f"activation {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
-    unknown = sorted(set(widths) - {site.path for site in sites})
-    if unknown:
-        raise UsageError(f"widths name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites'")
-    if min(widths.values(), default=0) < 0 or not any(widths.values()):
-        raise UsageError(f"widths must be 0 or more and not all 0, got {sorted(set(widths.values()))}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UsageError(f"activation {shown(activation)} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    sites = check_sites(sites)
+    planned = check_plan(widths, sites, "width")
     adapters, masks = {}, {}
     for site in sites:
-        if not (width := widths.get(site.path, 0)):
+        if not (width := planned.get(site.path, 0)):
             continue
         stack, d = site.stack, site.d_out
         bound = 1.0 / math.sqrt(d)

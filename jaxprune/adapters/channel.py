@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.dora import Dora
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import whole
 
 # sigmoid(+-SETTLED / temperature) is 1 or 0 in float32, so its derivative is exactly 0.
 SETTLED = 1e4
@@ -108,10 +109,13 @@ def mask_channels(adapter: Dora, *, start: float = 3.0, heads: int = 1, shared: 
       UsageError: the site's channels do not divide into that many heads.
     """
     d_out = adapter.magnitude.shape[-1]
-    if heads < 1 or d_out % heads:
-        raise UsageError(f"{d_out} output channels do not divide into heads={heads}; set the model's number of heads")
-    logits = jnp.full((*adapter.magnitude.shape[:-1], d_out // heads if shared else d_out), start, jnp.float32)
-    return MaskedDora(**{f.name: getattr(adapter, f.name) for f in fields(adapter)}, logits=logits, heads=heads)
+    groups = whole(heads) or 0
+    if groups < 1 or d_out % groups:
+        raise UsageError(
+            f"{d_out} output channels do not divide into heads={shown(heads)}; set the model's number of heads"
+        )
+    logits = jnp.full((*adapter.magnitude.shape[:-1], d_out // groups if shared else d_out), start, jnp.float32)
+    return MaskedDora(**{f.name: getattr(adapter, f.name) for f in fields(adapter)}, logits=logits, heads=groups)
 
 
 def settle(adapter: MaskedDora, kept: Array | None = None) -> MaskedDora:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, key_for, matmul
-from jaxprune.errors import UsageError
+from jaxprune.inputs import check_dropout, check_factor, check_plan, check_sites
 from jaxprune.sites import Site
 
 
@@ -91,28 +91,22 @@ def init_lora(
       dropout: rate of the dropout on the adapters' inputs.
 
     Raises:
-      UsageError: a rank is negative, every rank is 0, or a path of `ranks` is not a site.
+      UsageError: a rank is no whole number, 0 or more, or far beyond the kernel's size, every rank is 0, a path of `ranks` is
+        not a site, or alpha, the scale or the dropout is out of range.
 
     Returns:
       (adapters, masks), both keyed by site path.
     """
-    unknown = sorted(set(ranks) - {site.path for site in sites})
-    if unknown:
-        raise UsageError(
-            f"ranks name {len(unknown)} paths that are not sites, first {unknown[0]!r}; use find_sites' paths"
-        )
-    if any(rank < 0 for rank in ranks.values()):
-        raise UsageError(f"ranks must be 0 or more, got {min(ranks.values())}")
+    sites, dropout = check_sites(sites), check_dropout(dropout)
+    planned = check_plan(ranks, sites)
+    scale, alpha = check_factor("scale", scale), None if alpha is None else check_factor("alpha", alpha)
     adapters, masks = {}, {}
     for site in sites:
-        rank = ranks.get(site.path, 0)
-        if rank == 0:
+        if not (rank := planned.get(site.path, 0)):
             continue
         bound = 1.0 / math.sqrt(site.d_in)
         a = jax.random.uniform(key_for(key, site.path), (*site.stack, site.d_in, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*site.stack, rank, site.d_out), jnp.float32)
         adapters[site.path] = Lora(a, b, scale if alpha is None else alpha / rank, dropout)
         masks[site.path] = jnp.ones((*site.stack, rank), jnp.float32)
-    if not adapters:
-        raise UsageError("every rank of the plan is 0, so there is nothing to train; raise the budget or the rank")
     return adapters, masks

@@ -10,6 +10,7 @@ import jax
 
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.lora import Lora
+from jaxprune.errors import UsageError
 
 
 @functools.partial(
@@ -37,5 +38,8 @@ class LoraFA(Lora):
 
 
 def to_lorafa(adapters: Mapping[str, Lora]) -> dict[str, Any]:
-    """Freeze A of every LoRA adapter."""
+    """Freeze A of every LoRA adapter; another kind is a UsageError."""
+    wrong = [path for path, adapter in adapters.items() if type(adapter) is not Lora]
+    if wrong:
+        raise UsageError(f"adapter {wrong[0]!r} is a {type(adapters[wrong[0]]).__name__}; only Lora can become LoRA-FA")
     return {path: LoraFA(x.a, x.b, x.scale, x.dropout, x.residual) for path, x in adapters.items()}

@@ -72,7 +72,7 @@ def init_svd(
     Returns:
       (adapters, masks), both keyed by site path.
     """
-    loras, masks = init_lora(key, sites, ranks, dropout=dropout)
+    loras, masks = init_lora(key, sites, ranks, alpha=alpha, dropout=dropout)
     adapters = {}
     for path, lora in loras.items():
         of_a, of_b = jax.random.split(key_for(key, path))

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Adapters, Array, drop, key_for, matmul
 from jaxprune.adapters.lora import Lora
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_dropout, check_plan, check_sites, real, whole
 from jaxprune.sites import Site
 
 # No site can have this path: it names no module.
@@ -125,17 +126,19 @@ def init_vera(
     Returns:
       {site path: Vera}, and the pair at the path `SHARED`.
     """
-    if rank < 1 or not sites:
-        raise UsageError(
-            f"VeRA wants a rank of 1 or more and at least one site, got rank {rank} and {len(sites)} sites"
-        )
+    sites, dropout = check_sites(sites), check_dropout(dropout)
     d_in, d_out = max(site.d_in for site in sites), max(site.d_out for site in sites)
+    if whole(rank) is None or rank < 1:
+        raise UsageError(f"VeRA wants a rank of 1 or more, got {shown(rank)}")
+    rank = next(iter(check_plan({SHARED: rank}, [Site(SHARED, d_in, d_out, 0, SHARED)]).values()))
+    if (start := real(d_initial)) is None or not math.isfinite(start):
+        raise UsageError(f"d_initial {shown(d_initial)} cannot be used: expected a number")
     key_a, key_b = jax.random.split(key_for(key, SHARED))
     a = jax.random.uniform(key_a, (d_in, rank), jnp.float32, -1, 1) * math.sqrt(6 / d_in)
     b = jax.random.uniform(key_b, (rank, d_out), jnp.float32, -1, 1) * math.sqrt(6 / rank)
     adapters: dict[str, Any] = {
         site.path: Vera(
-            jnp.full((*site.stack, rank), d_initial, jnp.float32),
+            jnp.full((*site.stack, rank), start, jnp.float32),
             jnp.zeros((*site.stack, site.d_out), jnp.float32),
             site.d_in,
             dropout,

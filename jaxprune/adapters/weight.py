@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array
-from jaxprune.errors import UsageError
-from jaxprune.sites import flatten
+from jaxprune.errors import UsageError, shown
+from jaxprune.sites import expression, flatten
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
@@ -44,12 +44,11 @@ def init_weights(params: Mapping[str, Any], pattern: str) -> dict[str, Weight]:
     Returns:
       {leaf path: Weight}, a float32 copy of each leaf (copied, because a training step donates its state).
     """
-    import re
-
-    chosen = {path: leaf for path, leaf in flatten(params).items() if re.search(pattern, path)}
+    matches = expression("pattern", pattern).search
+    chosen = {path: leaf for path, leaf in flatten(params).items() if matches(path)}
     if not chosen:
         raise UsageError(
-            f"pattern {pattern!r} matches no parameter; expected a regular expression over paths such as "
+            f"pattern {shown(pattern)} matches no parameter; expected a regular expression over paths such as "
             f"{next(iter(flatten(params)), '(empty tree)')!r}"
         )
     return {path: Weight(jnp.array(leaf, jnp.float32, copy=True)) for path, leaf in chosen.items()}

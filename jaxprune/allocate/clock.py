@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxprune.allocate.checks import check_rank_of_each, check_sites, whole
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_rank_of_each, check_sites, real, whole
 from jaxprune.sites import Site
 
 YARDSTICK = 16  # step times are told relative to this rank at every site
@@ -46,7 +46,7 @@ class TimeModel:
             value, least = getattr(self, name), int(name == "own")
             count = whole(value)
             if count is None or count < least:
-                raise UsageError(f"{name} time {value!r} cannot be used: expected a whole number, {least} or more")
+                raise UsageError(f"{name} time {shown(value)} cannot be used: expected a whole number, {least} or more")
             object.__setattr__(self, name, count)
 
 
@@ -117,14 +117,14 @@ def make_clock(sites: Sequence[Site], time_budget: float = 1.0, model: TimeModel
     Raises:
       UsageError: the time budget is not a number above 0 and at most 1.
     """
-    sites, model = check_sites(sites), model or MEASURED
-    try:
-        fraction = Fraction(repr(float(time_budget)))  # by its digits: 0.3 means 3/10
-    except (TypeError, ValueError, OverflowError):
-        fraction = Fraction(0)
-    if not 0 < fraction <= 1:
+    sites, model = check_sites(sites), MEASURED if model is None else model
+    if not isinstance(model, TimeModel):
+        raise UsageError(f"time model {shown(model)} cannot be used: expected a TimeModel, such as MEASURED or FLOPS")
+    number = real(time_budget)
+    fraction = Fraction(repr(number)) if number is not None and 0 < number <= 1 else 0  # by its digits: 0.3 means 3/10
+    if not fraction:
         raise UsageError(
-            f"time budget {time_budget!r} cannot be used: expected a step time relative to uniform rank {YARDSTICK}, "
+            f"time budget {shown(time_budget)} cannot be used: expected a step time relative to uniform rank {YARDSTICK}, "
             "above 0 and at most 1"
         )
     kernels: dict[int, int] = {}

@@ -62,7 +62,9 @@ def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Ans
     cheapest = np.where(relaxed.open, problem.cost, np.iinfo(np.int64).max).min(axis=1)
     weight = problem.cost[row, rank] - cheapest[row]
     unit = int(np.gcd.reduce(weight)) or 1
-    capacity = np.array([(stage.budget - sum(cheapest.tolist())) // unit for stage in relaxed.stages])
+    # A budget that nothing can use up may lie beyond 64 bits.
+    most, least = sum(problem.cost.max(axis=1).tolist()), sum(cheapest.tolist())
+    capacity = np.array([(min(stage.budget, most) - least) // unit for stage in relaxed.stages])
 
     one = sparse.csr_array((np.ones(len(row)), (row, column)), shape=(len(relaxed.choice), len(row)))
     positive = column[problem.ranks[rank] > 0]
@@ -86,6 +88,8 @@ def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Ans
             constraints.append(used[tied] @ x <= may[tied].astype(float) @ y)
     if solver == "GLPK_MI":  # it aborts the process where its presolver leaves no variable; it leaves a free choice
         constraints.append(cvxpy.sum(cvxpy.Variable(2, boolean=True)) == 1)
+    if solver == "HIGHS":
+        _silence_highs()
     program = cvxpy.Problem(cvxpy.Maximize((worth * scale) @ x), constraints)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "may be inaccurate" is what the answer says in its own words
@@ -101,6 +105,16 @@ def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Ans
     if not np.array_equal(row[taken], np.arange(len(relaxed.choice))):
         return Answer(None, False, bound, "returned no solution")
     return Answer(rank[taken], program.status == cvxpy.OPTIMAL, bound, None)
+
+
+def _silence_highs() -> None:
+    """Let HiGHS pass the banner that a process's first `Highs` prints, which no option of CVXPY stops."""
+    import highspy
+
+    # The banner belongs to the first call of a method, and the constructor of Highs calls one; that of its base does not.
+    first = highspy.Highs.__mro__[1]()
+    first.setOptionValue("log_to_console", False)
+    first.clear()
 
 
 def _options(solver: str, seconds: float) -> dict[str, float | int | str]:

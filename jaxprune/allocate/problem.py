@@ -14,9 +14,9 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.allocate.checks import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.allocate.clock import Clock
 from jaxprune.errors import UsageError
+from jaxprune.inputs import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.sites import Site
 
 
@@ -56,14 +56,21 @@ class Problem:
     def __post_init__(self):
         sites = check_sites(self.sites)
         ranks = check_ranks(self.ranks)
-        value = np.asarray(self.value, np.float64) + 0.0  # + 0.0 turns -0.0 into 0.0: equal rows have equal bytes
-        cost = np.asarray(self.cost)
+        value, cost = np.asarray(self.value), np.asarray(self.cost)
         shape = (len(sites), len(ranks))
         for name, table in (("value", value), ("cost", cost)):
             if table.shape != shape:
                 raise UsageError(f"{name} has shape {table.shape}, expected (sites, ranks) = {shape}")
-        if not np.issubdtype(cost.dtype, np.integer) or (cost < 0).any():
+        # NumPy makes objects of integers beyond 64 bits.
+        if cost.dtype == object or (cost.dtype.kind in "iu" and sum(map(max, cost.tolist())) >= 2**62):
+            raise UsageError(
+                "the largest ranks take more adapter parameters than 64 bits can count; allow smaller ones"
+            )
+        if cost.dtype.kind not in "iu" or (cost < 0).any():
             raise UsageError("cost must hold whole numbers of adapter parameters, none negative")
+        if value.dtype.kind not in "fiu":
+            raise UsageError(f"value is of type {value.dtype}; expected finite numbers, or -inf")
+        value = value.astype(np.float64) + 0.0  # + 0.0 turns -0.0 into 0.0: equal rows have equal bytes
         if np.isnan(value).any() or np.isposinf(value).any():
             raise UsageError("value must hold finite numbers, or -inf for a rank that a site may not take")
         stuck = [s.path for s, row in zip(sites, value, strict=True) if not np.isfinite(row).any()]
@@ -206,7 +213,7 @@ def rank_problem(
     importance, scale, warnings = check_importances(scores, sites)
     smaller = np.array([min(s.d_in, s.d_out) for s in sites], np.float64)
     gain = importance[:, None] * -np.expm1(-steps / smaller[:, None])
-    cost = np.array([[s.cost(int(r)) for r in steps] for s in sites], np.int64)
+    cost = np.array([[s.cost(int(r)) for r in steps] for s in sites])
     return Problem(sites, steps, gain, cost, budget, clock, scale, warnings)
 
 

@@ -8,10 +8,10 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.allocate.checks import check_importances, check_rank_of_each, check_ranks, check_sites, per_site
 from jaxprune.allocate.clock import TimeModel, make_clock
 from jaxprune.allocate.problem import Problem
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_importances, check_rank_of_each, check_ranks, check_sites, per_site, real
 from jaxprune.sites import Site
 
 
@@ -60,8 +60,9 @@ def prune_problem(
     if not len(live):
         raise UsageError("every site is at rank 0 already, so there is nothing to prune")
     for name, weight in (("momentum", momentum), ("stability", stability)):
-        if not 0 <= weight < math.inf:
-            raise UsageError(f"{name} {weight!r} cannot be used: expected a number, 0 or more")
+        number = real(weight)
+        if number is None or not 0 <= number < math.inf:
+            raise UsageError(f"{name} {shown(weight)} cannot be used: expected a number, 0 or more")
     allowed = np.arange(now.max() + 1) if ranks is None else check_ranks(ranks)
     steps = np.union1d(allowed, now)
 
@@ -73,6 +74,6 @@ def prune_problem(
     may = (lost == 0) | ((lost > 0) & np.isin(steps, allowed))
     value = np.where(steps == 0, 0.0, np.full((len(sites), 1), -np.inf))
     value[live] = np.where(may, -relative[:, None] * loss, -np.inf)
-    cost = np.array([[s.cost(int(r)) for r in steps] for s in sites], np.int64)
+    cost = np.array([[s.cost(int(r)) for r in steps] for s in sites])
     clock = None if time_budget is None else make_clock(sites, time_budget, time_model)
     return Problem(sites, steps, value, cost, budget, clock, -scale, warnings)

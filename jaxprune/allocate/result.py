@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxprune.allocate.checks import check_sites
-from jaxprune.errors import UsageError
+from jaxprune.inputs import check_rank_of_each, check_sites
 from jaxprune.sites import Site
 
 WIDTH = 100
@@ -95,8 +94,7 @@ def uniform_plan(sites: Sequence[Site], rank: int) -> Plan:
       UsageError: the rank is not a whole number, or negative.
     """
     sites = check_sites(sites)
-    if not isinstance(rank, int) or rank < 0:
-        raise UsageError(f"rank {rank!r} cannot be used: expected a whole number, 0 or more")
+    rank = int(check_rank_of_each([rank] * len(sites), sites)[0])
     cost = sum(s.cost(rank) for s in sites)
     status = f"Uniform: rank {rank} at each of {len(sites)} sites, nothing optimised."
     return Plan({s.path: rank for s in sites}, math.nan, status, math.nan, 0.0, "uniform", cost, cost, sites)

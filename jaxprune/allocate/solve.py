@@ -10,13 +10,13 @@ from typing import SupportsFloat
 import numpy as np
 
 from jaxprune.allocate.bound import Relaxed, relax
-from jaxprune.allocate.checks import check_sites
 from jaxprune.allocate.clock import TimeModel, make_clock
 from jaxprune.allocate.knapsack import knapsack
 from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocate.problem import Problem, default_budget, rank_problem
 from jaxprune.allocate.result import Plan, time_line
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_sites, check_time_limit
 from jaxprune.sites import Site
 
 KNAPSACK = "DP"
@@ -78,15 +78,19 @@ def allocate(
 
 def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -> Plan:
     """Solve any rank problem; see `allocate` for the solvers, the errors and the ties."""
-    if not time_limit > 0:
-        raise UsageError(f"time_limit {time_limit!r} cannot be used: expected seconds, more than 0")
+    if not isinstance(problem, Problem):
+        raise UsageError(
+            f"problem {shown(problem)} cannot be solved: expected what rank_problem or prune_problem return"
+        )
+    time_limit = check_time_limit(time_limit)
     names, notes = _candidates(solver)
     start = time.perf_counter()
     relaxed = relax(problem)
     while True:
         name = names.pop(0)
         answer = _run(problem, relaxed, name, start + time_limit)
-        if answer.proved or not names or time.perf_counter() - start >= 0.95 * time_limit:
+        spent = time.perf_counter() - start
+        if answer.proved or not names or spent >= 0.95 * time_limit:
             break
         notes.append(f"{name} {answer.fault or 'stopped early'}.")
 
@@ -104,9 +108,10 @@ def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -
         )
     else:
         source = "its best plan" if choice is answer.choice else "the plan of the Lagrangian relaxation"
+        late = f" at the time limit of {time_limit:g} s" if spent >= 0.95 * time_limit else f" after {spent:.2g} s"
         verdict = (
-            f"Not proved optimal: {who} {answer.fault or 'stopped'} within the time limit of {time_limit:g} s, so this "
-            f"is {source}; no plan is worth over {100 * gap:.3g} % more."
+            f"Not proved optimal: {who} {answer.fault or 'stopped'}{late}, so this is {source}; no plan is worth over "
+            f"{100 * gap:.3g} % more."
         )
     choice = _in_order(problem, choice)
     ranks = {s.path: int(r) for s, r in zip(problem.sites, problem.ranks[choice], strict=True)}
@@ -131,7 +136,7 @@ def _candidates(solver: str) -> tuple[list[str], list[str]]:
     """List the solvers to try in order, and a sentence for each faster one that is not installed."""
     asked = {name.lower(): name for name in SOLVERS}.get(str(solver).lower())
     if asked is None:
-        raise UsageError(f"solver {solver!r} is not known; nearest names: {nearest(str(solver), SOLVERS)}")
+        raise UsageError(f"solver {shown(solver)} is not known; nearest names: {nearest(str(solver), SOLVERS)}")
     if asked == KNAPSACK:
         return [KNAPSACK], []
     here = installed()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxprune.adapters import Adapters, Masks, merge
+from jaxprune.errors import UsageError, shown
 
 
 def attach_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,6 +18,8 @@ def attach_function(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       function: `function(params, *inputs, **kwargs)`; kernels are leaves named `kernel`.
     """
+    if not callable(function):
+        raise UsageError(f"function {shown(function)} cannot be called; expected function(params, *inputs)")
 
     def forward(params: Mapping[str, Any], adapters: Adapters, masks: Masks, *inputs, **kwargs):
         return function(merge(params, adapters, masks), *inputs, **kwargs)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jaxprune.adapters import Adapters, Masks, Weight
-from jaxprune.adapters.base import Array
-from jaxprune.errors import UsageError, nearest
+from jaxprune.adapters.base import Array, check_mappings, place
+from jaxprune.errors import UsageError, shown
 from jaxprune.sites import flatten, unflatten
 
 _KEY = "jaxprune_adapter"
@@ -32,10 +32,18 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
       model: any Linen module; it is not changed.
       method: the method to call, `__call__` by default.
 
-    Raises (by the returned function, when it is traced):
-      UsageError: an adapter's path is not in the parameters, or its module is not an `nn.Dense` that the call reached;
-        an adapter that would silently do nothing is an error.
+    Raises:
+      UsageError: the model is no instance of a Linen module or lacks the method; by the returned function, when it is traced:
+        an adapter's path is not in the parameters, an adapter or a mask does not fit there, or its module is not an
+        `nn.Dense` that the call reached; an adapter that would silently do nothing is an error.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model {shown(model)} cannot be used: expected an instance of a flax.linen.Module; adapters reach any other model "
+            f"through attach_function"
+        )
+    if isinstance(method, str) and not callable(getattr(model, method, None)):
+        raise UsageError(f"method {shown(method)} is none of the model's, a {type(model).__name__}")
 
     def forward(params: Mapping[str, Any], adapters: Adapters, masks: Masks, *inputs, rngs=None, **kwargs):
         reached: set[str] = set()
@@ -79,11 +87,10 @@ def _dense(x: Array, kernel: Array, bias: Array | None, adapter, mask, key, dtyp
 
 
 def _insert(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[str, Any]:
+    check_mappings(adapters, masks)
     flat = flatten(params)
     for path, adapter in adapters.items():
-        leaf = path if isinstance(adapter, Weight) else f"{path}/kernel"
-        if leaf not in flat:
-            raise UsageError(f"adapter path {path!r} is not in the parameters; nearest names: {nearest(leaf, flat)}")
+        leaf = place(flat, path, adapter, masks.get(path))
         if isinstance(adapter, Weight):
             flat[leaf] = adapter.merge(flat[leaf], None)
         else:

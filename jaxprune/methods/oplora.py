@@ -17,8 +17,8 @@ from typing import Annotated
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocate import SOLVERS, allocate
-from jaxprune.allocate.checks import check_ranks
 from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share, checked
+from jaxprune.inputs import check_ranks
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.scores import site_scores
 from jaxprune.scores.site_scores import SCORES

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.files import checked_path, new_folder
 from jaxprune.models.config import EncoderConfig
 from jaxprune.models.convert import modules
 from jaxprune.models.encoder import SequenceClassifier
@@ -21,6 +22,9 @@ from jaxprune.models.pretrained import parameter_shapes
 from jaxprune.models.weights import SINGLE
 from jaxprune.sites import flatten
 
+CONFIG = "config.json"
+# Stands in the weights' own metadata: a model without it, such as one that was downloaded, is never replaced.
+_MADE_BY = {"made_by": "jaxprune"}
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", *VOCABULARIES)
 
 
@@ -37,17 +41,22 @@ def save_classifier(
     `value_dims`; `transformers`, which does not know these, refuses its weights.
 
     Args:
-      folder: made if it does not exist; files of the same names are replaced.
+      folder: appears whole or not at all; a model that this function wrote there before is replaced.
       config: describes the model.
       params: its parameters, adapters merged.
       tokenizer: folder whose tokenizer files to copy (`Pretrained.folder`); None for none.
 
     Raises:
-      UsageError: the parameters do not fit the configuration, or config.json cannot say the configuration.
+      UsageError: the parameters do not fit the configuration, config.json cannot say the configuration, or the folder cannot
+        be written, holds other files, or is the tokenizer's.
     """
     from safetensors.numpy import save_file
     from transformers import AutoConfig
 
+    folder = checked_path("folder", folder)
+    source = None if tokenizer is None else checked_path("tokenizer", tokenizer)
+    if not isinstance(config, EncoderConfig):
+        raise UsageError(f"config {shown(config)} cannot be used: expected an EncoderConfig")
     said = config.to_hf()
     again = EncoderConfig.from_hf(AutoConfig.for_model(**said), config.num_labels, config.dtype)
     lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
@@ -69,10 +78,30 @@ def save_classifier(
         for leaf in module.leaves:
             array = np.asarray(flat[f"{module.path}/{leaf.name}"], np.float32)
             tensors[f"{module.torch}.{leaf.torch[0]}"] = np.ascontiguousarray(array.T if leaf.transpose else array)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    for path in [found for pattern in _TOKENIZER for found in Path(tokenizer).glob(pattern)] if tokenizer else ():
-        shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    with new_folder(folder, (CONFIG, SINGLE, *_TOKENIZER), "model") as new:
+        _check_own(folder, source)
+        save_file(tensors, new / SINGLE, metadata={"format": "pt", **_MADE_BY})
+        found = [path for pattern in _TOKENIZER for path in source.glob(pattern) if path.is_file()] if source else []
+        for path in found:
+            shutil.copyfile(path, new / path.name)
+        (new / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _check_own(folder: Path, tokenizer: Path | None) -> None:
+    """Raise where a folder holds a model that `save_classifier` has not written, or is the one to copy from."""
+    from safetensors import SafetensorError, safe_open
+
+    if tokenizer and not tokenizer.is_dir():
+        raise UsageError(f"tokenizer {str(tokenizer)!r} is not a folder; name the one whose tokenizer files to copy")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if tokenizer and folder.samefile(tokenizer):
+        raise UsageError(f"{folder} is where the tokenizer comes from; name a new folder for the model")
+    try:
+        with safe_open(folder / SINGLE, "numpy") as file:
+            own = (file.metadata() or {}).items() >= _MADE_BY.items()
+    except (OSError, SafetensorError):
+        own = False
+    if not own:
+        raise UsageError(f"{folder} holds files that save_classifier has not written; name a new folder for the model")

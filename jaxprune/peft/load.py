@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Dora, Lora, Weight
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
+from jaxprune.files import checked_path, reason
+from jaxprune.inputs import check_dropout, check_sites, real, whole
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, saved_whole, selects, torch_names
-from jaxprune.sites import DEFAULT_EXCLUDE, Site
+from jaxprune.sites import DEFAULT_EXCLUDE, Site, expression
 
 # Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
 _UNSUPPORTED = (
@@ -47,7 +49,7 @@ def load_peft(
       (adapters, masks): {site path: Lora or Dora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
       stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
     """
-    folder = Path(folder)
+    folder, sites = checked_path("folder", folder), check_sites(sites)
     config, tensors = read_folder(folder)
     factors: dict[str, dict[str, np.ndarray]] = {}
     rest: dict[str, np.ndarray] = {}
@@ -65,7 +67,7 @@ def load_peft(
     adapters: dict[str, Any] = {}
     masks: dict[str, Any] = {}
     rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
-    dropout = float(config.get("lora_dropout", 0.0))
+    dropout = check_dropout(config.get("lora_dropout", 0.0))
     for site in sites:
         layers = []
         for name in torch_names(site.path, site.stack, torch_paths):
@@ -100,25 +102,58 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG, TENSORS) if not os.path.isfile(folder / name)]
     if missing:
-        raise UsageError(f"{folder} has no {' and no '.join(missing)}; expected a folder written by PEFT (safetensors)")
+        pickled = os.path.isfile(folder / "adapter_model.bin")
+        what = (
+            "save its adapter_model.bin again with safe_serialization=True"
+            if pickled
+            else "expected a folder written by PEFT"
+        )
+        raise UsageError(f"{folder} has no {' and no '.join(missing)}; {what} (safetensors)")
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = {key: value.astype(np.float32) for key, value in load_file(folder / TENSORS).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{folder} cannot be read, a file is damaged: {' '.join(str(error).split())}") from None
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        loaded = load_file(folder / TENSORS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be read, a file is damaged: {reason(error)}") from None
+    except KeyError as error:  # a type that NumPy lacks
+        raise UsageError(f"{folder} has tensors of type {error}, which cannot be read; save it in float32") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise UsageError(f"{folder} holds a {kind or 'nameless'} adapter; only peft_type 'LORA' can be imported")
-    reasons = [f"{name}={config[name]!r}" for name in _UNSUPPORTED if config.get(name)]
+        raise UsageError(
+            f"{folder} holds a {kind if isinstance(kind, str) else 'nameless'} adapter; only peft_type 'LORA' can be imported"
+        )
+    reasons = [f"{name}={shown(config[name])}" for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r}")
+        reasons.append(f"bias={shown(config['bias'])}")
     if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} (it changed the base weights)")
+        reasons.append(f"init_lora_weights={shown(config['init_lora_weights'])} (it changed the base weights)")
     if reasons:
         raise UsageError(f"{folder} is not a plain LoRA ({', '.join(reasons)}); merge it in PEFT and import the model")
+    _check_names(config)
+    wrong = [key for key, value in loaded.items() if value.dtype.kind not in "fV"]  # V: bfloat16
+    if wrong:
+        raise UsageError(f"{folder}: {wrong[0]!r} is of type {loaded[wrong[0]].dtype}; expected floating-point numbers")
+    tensors = {key: value.astype(np.float32) for key, value in loaded.items()}
+    bad = [key for key, value in tensors.items() if not np.isfinite(value).all()]
+    if bad:
+        raise UsageError(
+            f"{folder}: {len(bad)} tensors hold NaN or infinity, first {bad[0]!r}; train the adapter again"
+        )
     return config, tensors
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Raise where a setting that names modules, or one that is true or false, is something else."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = config.get(name)
+        if isinstance(value, str) and name != "modules_to_save":
+            expression(f"{CONFIG}: {name}", value)
+        elif value is not None and not (isinstance(value, list) and all(isinstance(one, str) and one for one in value)):
+            raise UsageError(f"{CONFIG}: {name} is {shown(value)}; expected a list of module names")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(config.get(name) or False, bool):
+            raise UsageError(f"{CONFIG}: {name} is {shown(config[name])}; expected true or false")
 
 
 class _Setting:
@@ -128,14 +163,13 @@ class _Setting:
         self.default = config.get(name, 8)
         own = config.get(patterns) or {}
         values = [self.default, *(own.values() if isinstance(own, Mapping) else [None])]
-        if not all(isinstance(value, int | float) and value > 0 for value in values):
+        numbers = [whole(value) if name == "r" else real(value) for value in values]
+        if not all(number is not None and 0 < number < 2**31 for number in numbers):
             raise UsageError(
-                f"{CONFIG}: {name} and {patterns} must be positive numbers, got {self.default!r} and {own!r}"
+                f"{CONFIG}: {name} and {patterns} must be positive numbers{', whole ones' if name == 'r' else ''}, got "
+                f"{shown(self.default)} and {shown(own)}"
             )
-        try:
-            self.own = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in own.items()]
-        except re.error as error:
-            raise UsageError(f"{patterns} has a key that is not a regular expression: {error}") from None
+        self.own = [(expression(f"{CONFIG}: key of {patterns}", rf"(.*\.)?({key})$"), own[key]) for key in own]
 
     def __call__(self, name: str) -> float:
         return next((own for pattern, own in self.own if pattern.match(name)), self.default)

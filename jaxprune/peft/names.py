@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError, nearest, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -16,12 +16,19 @@ TorchPaths = Mapping[str, str | Sequence[str]]
 
 def torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | None) -> list[str]:
     """Return the PyTorch modules of a site: one, or one a layer where it is stacked."""
+    if torch_paths is not None and not isinstance(torch_paths, Mapping):
+        raise UsageError(
+            f"torch_paths {shown(torch_paths)} cannot be used: expected {{module path: module path in PyTorch}}"
+        )
     name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
     if name is None:
         raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
     count = math.prod(stack)
-    names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
-    if len(names) != count or len(set(names)) != count:
+    try:
+        names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
+    except (LookupError, TypeError, ValueError):  # a pattern with other braces, or no sequence
+        names = []
+    if not all(isinstance(name, str) for name in names) or len(names) != count or len(set(names)) != count:
         raise UsageError(
             f"site {path!r} stands for {count} layers but torch_paths names {len(set(names))} modules for it; "
             f"give a path for every layer, or a pattern with {{}} for the layer's number"

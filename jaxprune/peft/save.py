@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
-from jaxprune.errors import UsageError
+from jaxprune.adapters.base import check_mappings, check_mask
+from jaxprune.errors import UsageError, shown
+from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_names
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
@@ -40,7 +40,7 @@ def save_peft(
     initial: Adapters | None = None,
     torch_paths: TorchPaths | None = None,
     params: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = "SEQ_CLS",
     profile: str = "peft",
 ) -> None:
@@ -72,6 +72,15 @@ def save_peft(
         trained outside the head), `initial` or the head is incomplete, a path is missing in `torch_paths`, the folder
         cannot be written or holds other files.
     """
+    check_mappings(adapters, masks)
+    if initial is not None:
+        check_mappings(initial, {})
+    for path, adapter in adapters.items():
+        check_mask(path, adapter, masks.get(path))
+    base_model = os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model
+    for name, value in (("base_model", base_model), ("task_type", task_type)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{name} {shown(value)} cannot be used: expected text or None")
     weights = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Weight)}
     loras, masks = _as_written({path: x for path, x in adapters.items() if path not in weights}, masks, initial)
     doras = [path for path, adapter in loras.items() if isinstance(adapter, Dora)]
@@ -87,7 +96,7 @@ def save_peft(
             f"LoRA format; merge the adapters into the parameters and save those"
         )
     if profile not in ("peft", "vllm"):
-        raise UsageError(f"profile {profile!r} is unknown; expected 'peft' or 'vllm'")
+        raise UsageError(f"profile {shown(profile)} is unknown; expected 'peft' or 'vllm'")
     if profile == "vllm" and (weights or task_type in _TASK_HEADS):
         raise UsageError(
             f"vLLM refuses adapters with a trained head, and here are {len(weights)} of its leaves and task_type "
@@ -123,7 +132,7 @@ def save_peft(
     }
     from safetensors.numpy import save_file
 
-    with _new_folder(Path(folder)) as new:
+    with new_folder(checked_path("folder", folder), (CONFIG, TENSORS), "adapter") as new:
         save_file({**tensors, **head}, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         magnitudes = {key: value for key, value in tensors.items() if key.endswith(_MAGNITUDE)}
@@ -261,28 +270,6 @@ def _head_tensors(
                 raise UsageError(f"head leaf '{module}/{leaf}' of shape {value.shape} has no counterpart in PyTorch")
             tensors[f"{PREFIX}{name}.{_LEAVES[leaf]}"] = np.ascontiguousarray(value.T if leaf == "kernel" else value)
     return tensors, list(modules)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its place when the block ends well, and is removed if not."""
-    from safetensors import SafetensorError
-
-    folder = folder.resolve()
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{tag}") for tag in ("new", "old"))
-    try:
-        if folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - {CONFIG, TENSORS})):
-            raise UsageError(f"{folder} holds other files, such as {others[0]!r}; name a new folder for the adapter")
-        new.mkdir(parents=True)
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot write the adapter to {folder}: {error}; name a folder that can be written") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _verify(

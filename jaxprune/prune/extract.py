@@ -28,7 +28,7 @@ from jaxprune.adapters import Adapters, Dora, Lora, MaskedDora, Masks, Weight
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.channel import GONE
 from jaxprune.errors import UsageError
-from jaxprune.sites import flatten, unflatten
+from jaxprune.sites import flatten, with_leaves
 
 if TYPE_CHECKING:
     from jaxprune.models import EncoderConfig
@@ -115,7 +115,7 @@ def extract(
         elif path in cuts:
             small[path] = _cut_adapter(path, adapter, flat[f"{path}/kernel"], masks.get(path), cuts[path])
     left = {path: _cut_leaf(path, leaf, cuts) for path, leaf in flat.items()}
-    return Extracted(_with_widths(config, widths), unflatten(left), small)
+    return Extracted(_with_widths(config, widths), with_leaves(params, left), small)
 
 
 def _kept(adapters: Adapters, masks: Masks, paths: tuple[str, ...], heads: int, width: int) -> Kept:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxprune.errors import UsageError
-from jaxprune.report.files import DPI, write_whole
+from jaxprune.files import checked_path, write_whole
+from jaxprune.report.figure import DPI
 
 _PICTURES = {
     "pruning.png": "Adapter parameters and score over optimiser steps",
@@ -61,7 +62,7 @@ def write_page(folder: str | os.PathLike[str]) -> None:
     Raises:
       UsageError: `summary.json` is missing or damaged, or the page cannot be written.
     """
-    folder = Path(folder)
+    folder = checked_path("folder", folder)
     summary = _Summary(folder / "summary.json")
     title = _title(summary) or folder.absolute().name
     seed, steps = summary.get("seed"), summary.get("steps")
@@ -94,7 +95,7 @@ def write_page(folder: str | os.PathLike[str]) -> None:
 </body>
 </html>
 """
-    write_whole(folder / "report.html", page.encode())
+    write_whole(folder / "report.html", page.encode(errors="backslashreplace"))
 
 
 class _Summary:
@@ -108,7 +109,7 @@ class _Summary:
             raise UsageError(
                 f"cannot read {path}: {error.strerror}; name the output folder of a finished run"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
         if not isinstance(self._values, dict):
             raise self._damaged(f"it holds a {type(self._values).__name__}, expected an object")
@@ -221,7 +222,7 @@ def _evaluations(path: Path) -> str:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and "split" in row:
             rows.append(row)
@@ -307,4 +308,4 @@ def _duration(seconds: float) -> str:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100

@@ -8,8 +8,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.errors import UsageError
-from jaxprune.report.files import DPI, write_figure
+from jaxprune.errors import UsageError, shown
+from jaxprune.inputs import check_budget
+from jaxprune.report.figure import DPI, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,11 +59,15 @@ def draw_pruning(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    for name, entries in ("history", history), ("events", events):
+        if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise UsageError(f"{name} {shown(entries)} cannot be used: expected a list of dicts")
+    budget = None if budget is None else check_budget(budget)
     history = [entry for entry in history if _is_number(entry.get(metric))]
     for name, entries, keys in ("evaluation", history, ["step"]), ("event", events, ["step", *_COUNTS]):
         for entry, key in itertools.product(entries, keys):
             if not _is_number(entry.get(key)):
-                raise UsageError(f"{name} {dict(entry)} has no number {key!r}; expected {', '.join(keys)}")
+                raise UsageError(f"{name} {shown(dict(entry))} has no number {key!r}; expected {', '.join(keys)}")
     events = sorted(events, key=lambda event: event["step"])
     end = max([1, *(entry["step"] for entry in [*history, *events])])
 
@@ -104,9 +109,10 @@ def _draw_params(axes: Axes, events: Sequence[Mapping[str, Any]], end: float, bu
     drawn = axes.plot(
         steps, counts, drawstyle="steps-post", color=_PARAMS, lw=1.8, label="adapter parameters", zorder=3
     )
-    if budget:
+    if budget and budget < 20 * max(*counts, 1):  # one far above would press the curve flat
         drawn.append(axes.axhline(budget, color=_PARAMS, lw=1.1, ls=(0, (1, 1.6)), label=f"budget of {budget:,}"))
-    axes.set_ylim(0, 1.08 * max(*counts, budget or 0, 1))
+        counts.append(budget)
+    axes.set_ylim(0, 1.08 * max(*counts, 1))
     return drawn
 
 
@@ -148,5 +154,5 @@ def _draw_scores(axes: Axes, history: Sequence[Mapping[str, Any]], metric: str) 
 def _is_number(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         return False

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.errors import UsageError, nearest
-from jaxprune.report.files import DPI, write_figure
+from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_budget, check_sites, whole
+from jaxprune.report.figure import DPI, write_figure
 from jaxprune.sites import Site
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def plot_ranks(
     """
     from matplotlib.figure import Figure
 
+    budget = None if budget is None else check_budget(budget)
     grid = _grid(ranks, sites)
     params = _count(ranks, sites)
     share = f", {100 * params / budget:.1f} % of the budget of {budget:,}" if budget else ""
@@ -188,14 +190,22 @@ def _count(ranks: Ranks, sites: Sequence[Site]) -> int:
 
 
 def _grid(ranks: Ranks, sites: Sequence[Site]) -> _Grid:
+    sites = check_sites(sites)
     known = {site.path for site in sites}
-    if not sites:
-        raise UsageError("there are no sites to draw; find_sites gives those of a model")
+    if not isinstance(ranks, Mapping):
+        raise UsageError(f"ranks {shown(ranks)} cannot be used: expected {{site path: rank}}, such as plan.ranks")
     for path in ranks:
         if path not in known:
-            raise UsageError(f"ranks name {path!r}, which is not a site; nearest names: {nearest(path, known)}")
+            near = nearest(str(path), known)
+            raise UsageError(f"ranks name {shown(path)}, which is not a site; nearest names: {near}")
     cells = {}
     for site in sites:
+        given = np.array(ranks.get(site.path, 0), dtype=object)
+        if given.shape not in ((), site.stack) or any((whole(r) or 0) < 0 or whole(r) is None for r in given.flat):
+            raise UsageError(
+                f"rank {shown(ranks[site.path])} at {shown(site.path)} is wrong: expected a whole number, 0 or more, or one "
+                f"for each layer of a stack of shape {site.stack}"
+            )
         own = np.broadcast_to(ranks.get(site.path, 0), site.stack).ravel()
         for layer, rank in enumerate(own, start=site.layer):
             cells[layer, _role(site)] = int(rank)

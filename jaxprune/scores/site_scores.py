@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.errors import UsageError, nearest
+from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.inputs import check_sites
 from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
 from jaxprune.sites import Site, flatten
 
@@ -53,19 +54,22 @@ def site_scores(
       per_sample: average the scores of single samples' gradients instead of scoring a batch's mean gradient.
 
     Raises:
-      UsageError: unknown kind, or no batches.
+      UsageError: unknown kind, no batches, or a site that is not in the parameters.
 
     Returns:
       {site path: score}, averaged over batches (and over the layers of a stacked site).
 
     Source: DPLoRA, section 3.1 and Tables 16 and 17.
     """
-    if kind not in SCORES:
+    if not isinstance(kind, str) or kind not in SCORES:
         raise UsageError(
-            f"score {kind!r} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(kind, SCORES, 1)}"
+            f"score {shown(kind)} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(str(kind), SCORES, 1)}"
         )
+    sites, flat = check_sites(sites), flatten(params)
+    lost = [s.path for s in sites if f"{s.path}/kernel" not in flat]
+    if lost:
+        raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
     if kind == "weight":
-        flat = flatten(params)
         return {s.path: float(jnp.mean(jnp.abs(flat[f"{s.path}/kernel"].astype(jnp.float32)))) for s in sites}
     probes = taps(sites, _REDUCE[kind])
 
@@ -79,6 +83,8 @@ def site_scores(
         measured = jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, batch)) if per_sample else one(batch)
         return {path: tap.tau.mean() for path, tap in measured.items()}
 
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+        raise UsageError(f"batches {shown(batches)} cannot be used: expected a list of batches")
     measured = [measure(params, batch) for batch in batches]
     if not measured:
         raise UsageError(f"score {kind!r} needs at least one batch and got none")

@@ -3,7 +3,9 @@
 import itertools
 import math
 import re
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -348,3 +350,31 @@ def test_table_shares_cells_and_shortens_names():
     wide = tuple(Site(f"x/{'t' * 20}{i}", 2, 2, 0, f"{i:02}" + "t" * 20) for i in range(10))
     assert max(map(len, uniform_plan(wide, 1).table().splitlines())) <= 100
     assert uniform_plan(wide, 0).table().splitlines()[2].split() == ["0", *["."] * 12]
+
+
+def test_solvers_print_nothing():
+    code = (
+        "import numpy as np\nimport jaxprune as jp\nfrom jaxprune.allocate import SOLVERS\nfrom jaxprune.sites import Site\n"
+        "sites = [Site(f'layer_{i}/{t}', 40 + 7 * i, 64, i, t) for i in range(12) for t in 'qv']\n"
+        "scores = np.random.default_rng(0).lognormal(size=24)\n"
+        "for name in SOLVERS:\n    jp.allocate(scores, sites, solver=name)\nprint('mine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+
+
+def test_a_solver_that_gives_up_early_says_after_how_long(monkeypatch):
+    module = sys.modules["jaxprune.allocate.solve"]  # the package has a function of this name
+
+    def gives_up(problem, relaxed, solver, seconds):
+        time.sleep(0.2)
+        return module.Answer(None, False, math.inf, "returned no solution")
+
+    monkeypatch.setattr(module, "milp", gives_up)
+    sites = [Site(f"layer_{i}/q", 64 + 8 * i, 64, i, "q") for i in range(6)]
+    scores = [3.0, 1.0, 4.0, 1.5, 5.0, 9.0]
+    status = allocate(scores, sites, 3000, solver="CBC", time_limit=60).status
+    assert re.search(r"CBC returned no solution after 0\.\d+ s, so this is the plan of the", status), status
+    assert "limit" not in status
+    status = allocate(scores, sites, 3000, solver="CBC", time_limit=0.1).status
+    assert "CBC returned no solution at the time limit of 0.1 s, so" in status

@@ -54,3 +54,25 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(UsageError, match="key_dims=.4, 4. does not fit; expected 1 integers"):
         EncoderConfig(**small, key_dims=(4, 4))
     assert not list(tmp_path.iterdir())
+
+
+def test_only_what_was_saved_here_is_replaced(family, folder, tmp_path):
+    loaded = load_classifier(folder, num_labels=tiny.NUM_LABELS)
+
+    def refused(target, message):
+        before = {path: path.read_bytes() for path in target.iterdir()}
+        with pytest.raises(UsageError, match=message):
+            save_classifier(target, loaded.config, loaded.params, tokenizer=loaded.folder)
+        assert {path: path.read_bytes() for path in target.iterdir()} == before
+
+    refused(folder, "is where the tokenizer comes from")
+    (tmp_path / "other").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    refused(tmp_path / "other", "holds files that save_classifier has not written")
+    saved = save_classifier(tmp_path / "saved", loaded.config, loaded.params)
+    (saved / "vocab.txt").write_text("of the model before")
+    save_classifier(saved, loaded.config, loaded.params)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    (saved / "thesis.tex").write_text("")
+    refused(saved, "holds other files, such as 'thesis.tex'")
