@@ -28,7 +28,7 @@ from jaxprune.allocate import uniform_plan
 from jaxprune.checks import Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.sites import flatten, unflatten
+from jaxprune.sites import flatten, with_leaves
 
 _OVERSAMPLE = 8
 
@@ -69,7 +69,7 @@ def pissa(
             a, b, rest = _split(key_for(context.key, path), kernel, rank, scale, niter)
             adapters[path] = dataclasses.replace(empty, a=a, b=b, residual=True)
             flat[f"{path}/kernel"] = rest
-        return Start(adapters, masks, plan, unflatten(flat))
+        return Start(adapters, masks, plan, with_leaves(context.params, flat))
 
     return Method(start, name="pissa")
 
