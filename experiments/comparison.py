@@ -20,11 +20,13 @@ import numpy as np
 from experiments.cli import parse, parse_known
 from experiments.config import Folder as GivenFolder
 from experiments.config import GlueConfig
+from experiments.data import find_files
 from experiments.folder import Folder
 from experiments.stopping import Stop, Stopped, before_end
 from experiments.tasks import get_task
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole
+from jaxprune.models.hub import resolve
 from jaxprune.report.figure import write_figure
 
 PROGRAM = "experiments.compare"
@@ -59,6 +61,7 @@ class Run(NamedTuple):
     seed: int
     flags: list[str]
     folder: Path
+    model: str
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -76,6 +79,8 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
             _checked(config.output_dir, task, method, seed, flags)
             for task in config.tasks for seed in config.seeds for method in config.methods
         ]  # fmt: skip
+        for model in {one.model for one in wanted}:
+            resolve(model)
         folder.begin(clear=False)
         summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
         failures = []
@@ -105,10 +110,10 @@ def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[st
         raise UsageError(
             "--method, --task and --seed of single runs are not for here; give --methods, --tasks and --seeds"
         )
-    get_task(task)
+    find_files(get_task(task), config.data_dir)
     if (found := _read(folder)) and (changes := config.differences(found["config"])):
         raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
-    return Run(task, method, seed, all_, folder)
+    return Run(task, method, seed, all_, folder, str(config.model))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

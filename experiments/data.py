@@ -73,25 +73,34 @@ def load_task(
     for name, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
+    files = find_files(task, data_dir)
     if task.hub is None:
-        if data_dir is not None:
-            raise UsageError(
-                f"{task.name} is built in and reads no files, got data_dir {str(data_dir)!r}; leave it out"
-            )
         from experiments.grammar import generate
 
         splits = generate()
-    elif data_dir is None:
+    elif files is None:
         splits = _from_hub(task)
     else:
-        if not os.fspath(data_dir):
-            raise UsageError(f"data_dir is empty; expected a folder that holds {task.name}/train.parquet")
-        files = _split_files(task, Path(data_dir))
         splits = {split: _check(task, _read_all(task, paths), str(paths[0])) for split, paths in files.items()}
     return {s: splits[s].first(max_train_samples if s == "train" else max_eval_samples) for s in task.splits}
 
 
 # Files
+
+
+def find_files(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, list[Path]] | None:
+    """Return the files of each split of a task without opening them; None where it needs none.
+
+    Raises:
+        UsageError: they are not there, or the task is built in and reads none.
+    """
+    if data_dir is None:
+        return None
+    if task.hub is None:
+        raise UsageError(f"{task.name} is built in and reads no files, got data_dir {str(data_dir)!r}; leave it out")
+    if not os.fspath(data_dir):
+        raise UsageError(f"data_dir is empty; expected a folder that holds {task.name}/train.parquet")
+    return _split_files(task, Path(data_dir))
 
 
 def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:

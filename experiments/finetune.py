@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from jaxprune.adapters import init_weights
 from jaxprune.allocate import Plan
 from jaxprune.attach import attach
 from jaxprune.checkpoint import Checkpoints
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, reason
 from jaxprune.models import Pretrained, load_classifier
 from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
@@ -293,9 +294,16 @@ def with_head(adapters: dict[str, Any], params: Any, train: bool) -> dict[str, A
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, so that the second run of a shape starts at once."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(root / "jaxprune" / "xla"))
+    """Keep compiled programs between runs, so that the second run of a shape starts at once; without a place for them, do not."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxprune" / "xla"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"note       compiled programs are not kept for the next run: {root} ({reason(error)})")
+        return
+    # A full disk costs the next run its time, and nothing else.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(root))
 
 
 def _introduce(config: GlueConfig) -> None:

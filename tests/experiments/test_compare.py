@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -84,13 +85,17 @@ WRONG = {
     "--tasks rte rte": "--tasks rte rte: name one or more, each once",
     "--seeds 1 2 1": "--seeds 1 2 1: name one or more, each once",
     "--methods lora --tasks rte mrcp": "unknown task 'mrcp'; nearest: mrpc",
+    "--methods lora --tasks rte cola --data-dir data": "no data of task 'cola'",
+    "--methods lora --tasks rte --model nobody/nothing --data-dir data": "nobody/nothing not found",
+    "--methods lora --tasks rte grammar --data-dir data": "grammar is built in and reads no files",
     "--output-dir mine": "it holds 'table.md', which no comparison made",
     "--output-dir file": "cannot be written",
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_flags_are_found_before_anything_runs(wrong, tmp_path):
+def test_wrong_flags_are_found_before_anything_runs(wrong, tiny_rte, tmp_path):
+    shutil.copytree(tiny_rte, tmp_path / "data")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.md").write_text("my own")
     (tmp_path / "file").write_text("mine")
