@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,39 @@ def test_two_runs_started_together(flags, tmp_path):
     assert re.search("in use by|another process has begun there|holds an? .*finished run", loser.splitlines()[-1])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(flags, disk):
+    given = [*flags, "--epochs", "100", "--save-steps", "5", "--output-dir", str(disk / "run")]
+    run = subprocess.Popen(
+        [sys.executable, "-m", GLUE, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while not (disk / "run" / "checkpoints" / "5").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    last = run.communicate(timeout=60)[1].splitlines()[-1]
+    assert run.returncode == 2 and last.startswith(f"{GLUE}: error: ") and "No space left on device" in last, last
+    (disk / "filler").unlink()
+    ended = command(GLUE, [*given, "--resume"], disk)
+    assert ended.status == 0 and "resumed    after step" in ended.out, ended.err
+    steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 600
+    assert not [path.name for path in (disk / "run").iterdir() if path.name.endswith((".new", ".old"))]
 
 
 @pytest.mark.parametrize("where", ["/dev/null/run", "file", "file/run", "broken", "locked/run"])
