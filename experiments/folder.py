@@ -111,7 +111,8 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._known:
-                self._take_lock()
+                if self._lock is None:
+                    self._take_lock()
                 self._must_be_empty()
             if clear:
                 # Without its summary it is an unfinished run, whatever ends this process.

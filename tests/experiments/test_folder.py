@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.folder import MARKER, Folder
+from experiments.folder import LOCK, MARKER, Folder
 from jaxprune import UsageError
 from tests.experiments.refusals import FORKS, assert_refused, command
 
@@ -177,6 +177,15 @@ def test_one_process_works_in_a_folder(flags, tmp_path):
     assert_refused(GLUE, given, tmp_path, r"holds an unfinished run; pass --resume")
     ended = command(GLUE, [*given, "--resume", "--max-steps", "5"], tmp_path)
     assert ended.status == 2 and "has other settings: --max-steps" in ended.err
+
+
+def test_a_process_that_died_before_it_made_anything_leaves_a_folder_that_is_empty(tmp_path):
+    (tmp_path / LOCK).touch()
+    (tmp_path / f".{MARKER}.99999.new").touch()
+    with Folder(tmp_path, ("metrics.jsonl",)) as mine:
+        mine.check(resume=False, overwrite=False, inputs={})
+        mine.begin(clear=True)
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK, MARKER}
 
 
 def _enter(folder: str, barrier, say) -> None:
