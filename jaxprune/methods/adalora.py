@@ -28,6 +28,7 @@ Differences, and why:
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -38,12 +39,12 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Masks, Svd, init_svd
 from jaxprune.allocate import uniform_plan
-from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
+from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision, gather
 from jaxprune.prune.components import host
-from jaxprune.schedules import cubic
+from jaxprune.schedules import Stage, cubic, stage_steps
 
 WEIGHTS = ("before", "after")
 
@@ -68,9 +69,9 @@ def adalora(
     total_steps: Count,
     init_rank: Rank = 12,
     target_rank: Rank = 8,
-    tinit: Annotated[int, Range(0, MOST_STEPS)] = 0,
-    tfinal: Annotated[int, Range(0, MOST_STEPS)] = 0,
-    interval: Count = 1,
+    tinit: Stage = 0.15,
+    tfinal: Stage = 0.5,
+    interval: Count | None = None,
     beta1: Annotated[float, Range(above=0, below=1)] = 0.85,
     beta2: Annotated[float, Range(above=0, below=1)] = 0.85,
     orthogonal: NotNegative = 0.5,
@@ -84,9 +85,9 @@ def adalora(
       total_steps: steps of the run, T.
       init_rank: components at each site at the start.
       target_rank: components a site at the end, on average.
-      tinit: steps before anything is masked.
-      tfinal: steps at the end in which the choice is fixed.
-      interval: steps between two choices.
+      tinit: steps before anything is masked; below 1 a fraction of the run.
+      tfinal: steps at the end in which the choice is fixed; below 1 a fraction of the run.
+      interval: steps between two choices; None for a thousandth of the run.
       beta1: decay of I_bar, in (0, 1).
       beta2: decay of U_bar, in (0, 1).
       orthogonal: weight of the penalty, 0 for none.
@@ -97,12 +98,18 @@ def adalora(
     Raises:
       UsageError: a setting is out of range.
     """
-    last = total_steps - tfinal
-    if tinit >= last:
+    begin, last = stage_steps("tinit", tinit, total_steps), total_steps - stage_steps("tfinal", tfinal, total_steps)
+    if begin >= last:
         raise UsageError(
             f"tinit {tinit} and tfinal {tfinal} leave none of the {total_steps} steps to prune in; "
             f"expected tinit + tfinal < total_steps"
         )
+    if last < 3:
+        raise UsageError(
+            f"tfinal {tfinal} of {total_steps} steps puts the last choice after step {last}, and nothing can be scored before "
+            f"step 2, as e starts at 0; train longer or lower tfinal"
+        )
+    every = max(1, total_steps // 1000) if interval is None else interval
     if target_rank > init_rank:
         raise UsageError(f"target_rank {target_rank} is out of range; expected 1 to init_rank {init_rank}")
     after = weights == "after"
@@ -112,7 +119,7 @@ def adalora(
         adapters, masks = init_svd(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
         if after:
             adapters = {path: dataclasses.replace(x, held=jnp.zeros_like(x.e)) for path, x in adapters.items()}
-        return Start(adapters, masks, plan)
+        return Start(adapters, masks, plan, context.params)
 
     def init(adapters, masks, sites) -> AdaLoraState:
         zeros = lambda: jax.tree.map(jnp.zeros_like, _weights(adapters))  # noqa: E731  (own buffers: a step donates them)
@@ -142,18 +149,19 @@ def adalora(
             state = smoothed(state, values, state.gradients)
         matrices = sum(math.prod(x.e.shape[:-1]) for x in values.values())
         total = sum(x.e.size for x in values.values())
-        # Computed here, in double precision, since the truncation to integers is sharp.
-        numbers = range(0, last, interval)
-        table = [int(cubic(n, tinit, last, total, matrices * target_rank)) for n in numbers]
+        # The steps at which the budget falls, one for each component that goes. Computed here, in double precision, since the
+        # truncation to integers is sharp.
+        final = matrices * target_rank
+        left = lambda n: int(cubic(n, begin, last, total, final))  # noqa: E731
+        falls = [bisect.bisect_left(range(last), -c, key=lambda n: -left(n)) for c in range(total - 1, final - 1, -1)]
         number = step + 1
-        event = number // interval
 
         def masked():
-            budget = jnp.asarray(table, jnp.int32)[event]
+            budget = total - jnp.searchsorted(jnp.asarray(falls, jnp.int32), number, side="right")
             kept = keep(triplets(state), masks, budget)
             return {path: jnp.where(kept[path], x.e, 0) for path, x in values.items()}
 
-        due = (number > tinit) & (number < last) & (number % interval == 0)
+        due = (number > begin) & (number < last) & (number % every == 0)
         e = jax.lax.cond(due, masked, lambda: {path: x.e for path, x in values.items()})
         new = {p: dataclasses.replace(adapters[p], e=e[p], held=x.e if after else None) for p, x in values.items()}
         return {**adapters, **new}
@@ -171,7 +179,7 @@ def adalora(
         init=init,
         observe=observe,
         decide=decide,
-        triggers=lambda number: number == last,
+        events=(last,),
         penalty=(lambda adapters: orthogonal * orthogonality(adapters)) if orthogonal else None,
         project=project,
         compact=compact,

@@ -36,6 +36,7 @@ from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision
 from jaxprune.prune.components import host
+from jaxprune.schedules import Stage, stage_steps
 from jaxprune.sites import Site, site_at
 
 PER = ("layer", "site")
@@ -44,7 +45,8 @@ PER = ("layer", "site")
 @checked
 def loradrop(
     *,
-    measure_at: Count,
+    total_steps: Count | None = None,
+    measure_at: Stage = 0.1,
     rank: Rank = 8,
     threshold: Annotated[float, Range(above=0, high=1)] = 0.9,
     per: Annotated[str, OneOf(PER)] = "layer",
@@ -54,7 +56,8 @@ def loradrop(
     """Train LoRA, then let the layers of little output share.
 
     Args:
-      measure_at: the step after which importance is measured.
+      total_steps: optimiser steps of the whole run, needed where `measure_at` is a fraction of it.
+      measure_at: the step after which importance is measured; below 1 a fraction of `total_steps`.
       rank: components at each site.
       threshold: T, the share of the importance whose layers keep a LoRA of their own, in (0, 1].
       per: rank `layer`s, or the `site`s of each type.
@@ -62,12 +65,19 @@ def loradrop(
       dropout: rate of the dropout on the adapters' inputs.
 
     Raises:
-      UsageError: a setting is out of range.
+      UsageError: a setting is out of range, or nothing would be measured within the run.
     """
+    at = stage_steps("measure_at", measure_at, total_steps)
+    if not 1 <= at <= (total_steps or at):
+        raise UsageError(
+            f"measure_at {measure_at} is out of range; expected a step from 1 to {total_steps or 'the last'}"
+        )
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+        return Start(
+            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
+        )
 
     def decide(state, adapters, masks, step, context):
         if context is None or not context.batches:
@@ -84,7 +94,7 @@ def loradrop(
                     new_adapters[user], new_masks[user] = lora, mask
         return new_adapters, new_masks
 
-    return Method(start, decide=decide, triggers=lambda number: number == measure_at, view=view, name="loradrop")
+    return Method(start, decide=decide, events=(at,), view=view, name="loradrop")
 
 
 def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:
