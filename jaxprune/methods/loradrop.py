@@ -2,14 +2,15 @@
 
 LoRA is trained for a while. Then the importance of a layer is measured on a sample of the data,
 
-    I_l = mean over samples of sum over sites of l and tokens of |s x A B|^2,   share_l = I_l / sum_k I_k
+    I_l = sum over sites of l of the mean over tokens of |s x A B|^2,   share_l = I_l / sum_k I_k
 
 The layers of largest share keep their own LoRA until their shares add up to T. Of the others, all sites of one type and one
 shape use one LoRA from then on, and training goes on. The shared one starts as that of the most important layer among them.
 
 What the paper leaves open, or what could only be read about it second hand: which layer the shared LoRA starts from;
 that training goes on with what was trained so far; a layer's sites count together (`per="site"` ranks the sites of each type
-apart). Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
+apart). The mean is over the tokens that a site sees: the last layer of a classifier may see first tokens alone, and a sum would
+make it small for that. Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
 
 Sharing is a property of the adapter: `view` spreads a shared one over its sites, so that `Method.seen` gives plain LoRA to
 merge and to export.
@@ -98,12 +99,12 @@ def loradrop(
 
 
 def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:
-    """Measure sum over all tokens of |s x A B|^2 at every LoRA site, over the batches of the context.
+    """Measure the mean over tokens of |s x A B|^2 at every LoRA site, averaged over the batches of the context.
 
     One forward and backward pass a batch, with nothing dropped; needs `attach`, since a merged kernel has no outputs.
 
     Returns:
-      {site path: () or (layers,)}; a constant factor from the mean over samples would cancel in the shares.
+      {site path: () or (layers,)}.
     """
     loras = {path: x for path, x in adapters.items() if isinstance(x, Lora)}
     taus = {path: jnp.zeros(x.a.shape[:-2], jnp.float32) for path, x in loras.items()}
@@ -116,13 +117,13 @@ def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dic
 
     measure = jax.jit(jax.grad(loss))
     rows = [jax.device_get(measure(taus, dict(adapters), context.params, batch)) for batch in context.batches]
-    return {path: np.asarray(np.sum([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
+    return {path: np.asarray(np.mean([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["adapter", "tau"], meta_fields=[])
 @dataclass(frozen=True)
 class _OutputTap:
-    """Compute what the adapter computes, and hand |s x A B|^2 to tau as its gradient."""
+    """Compute what the adapter computes, and hand the mean of |s x A B|^2 over tokens to tau as its gradient."""
 
     adapter: Lora
     tau: Array
@@ -140,7 +141,7 @@ def _measured(value: Array, tau: Array) -> Array:
 
 
 def _backward(value: Array, gradient: Array) -> tuple[Array, Array]:
-    return gradient, jnp.sum(jnp.square(value.astype(jnp.float32)))
+    return gradient, jnp.sum(jnp.square(value.astype(jnp.float32))) / (value.size // value.shape[-1])
 
 
 _measured.defvjp(lambda value, tau: (value, value), _backward)
