@@ -146,7 +146,7 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
     start = method.start(
         jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
     )
-    params = world.params if start.params is None else start.params
+    params = start.params
     adapters = {**jp.init_weights(params, "^head/"), **start.adapters}
     step = jp.make_step(world.forward, world.loss_fn, optimizer, method)
     state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method, world.sites)

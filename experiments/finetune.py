@@ -118,7 +118,7 @@ def _run(
         kept = {
             "config": config.plain(), "ranks": ranks, "plan": _said(start.plan), "events": [],
             "adapter_params": trained(adapters, start.masks),
-            "changes_params": start.params is not None,
+            "changes_params": start.params is not model.params,
         }  # fmt: skip
         params, initial = _changed(start, model)
         if start.plan is not None:
@@ -352,6 +352,6 @@ def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], fo
 
 def _changed(start: methods.Start, model: Pretrained) -> tuple[Any, Any]:
     """Return the frozen parameters of a run, and a copy of the adapters they were taken from, where the method did so."""
-    if start.params is None:
+    if start.params is model.params:
         return model.params, None
     return start.params, jax.tree.map(lambda leaf: np.array(leaf), start.adapters)

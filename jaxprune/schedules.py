@@ -6,10 +6,16 @@ A budget schedule maps progress t in [0, 1] to the share of the whole pruning do
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
+from jaxprune.checks import MOST_STEPS, Range
 from jaxprune.errors import UsageError, nearest
 
 Schedule = Callable[[float], float]
+# Part of a run: a whole number of steps, or below 1 a share of the run.
+Stage = Annotated[float, Range(0, MOST_STEPS)]
+# No model has more modules that could go one at a time.
+_MOST_EVENTS = 1024
 
 
 def bezier(p1: float = 0.2, p2: float = 0.8) -> Schedule:
@@ -58,6 +64,28 @@ def budget_schedule(name: str) -> Schedule:
             f"schedule {name!r} is not known; expected one of {', '.join(BUDGETS)}; nearest: {nearest(name, BUDGETS, 1)}"
         )
     return BUDGETS[name]
+
+
+def stage_steps(name: str, value: float, total_steps: int | None) -> int:
+    """Return the steps of a stage: `value` itself, or its share of the run where it is below 1, at least one step unless it is 0.
+
+    Raises:
+      UsageError: the value is above 1 and not whole, or a share where `total_steps` is None.
+    """
+    if value >= 1 and value != round(value):
+        raise UsageError(
+            f"{name} {value} is out of range; expected a whole number of steps, or a fraction of the run below 1"
+        )
+    if value >= 1 or value == 0:
+        return round(value)
+    if total_steps is None:
+        raise UsageError(f"{name} {value} is a fraction of the run: give total_steps, or {name} as a number of steps")
+    return max(1, round(value * total_steps))
+
+
+def thinned(numbers: range) -> tuple[int, ...]:
+    """Return the numbers, or every k-th where a long run would have more than a thousand."""
+    return tuple(numbers[:: max(1, -(-len(numbers) // _MOST_EVENTS))])
 
 
 def event_steps(events: int, total_steps: int, delay: int = 0) -> tuple[int, ...]:

@@ -240,7 +240,7 @@ def test_start_forward_and_gradients_equal_those_of_peft(name):
     torch, method = pytest.importorskip("torch"), CONFIGS[name][0]
     model, layers, fields = wrapped(name)
     start = begin(method)
-    params = PARAMS if start.params is None else start.params
+    params = start.params
     for site in SITES:  # where drawing plays no part, the starts are equal too
         layer, adapter = layers[site.path], start.adapters[site.path]
         base = layer.get_base_layer().weight.detach().numpy().T
@@ -291,7 +291,7 @@ def test_peft_loads_the_folder_and_computes_the_same(tmp_path, name):
     start = begin(method)
     masks = {path: mask.at[1].set(0.0) for path, mask in start.masks.items()}
     adapters, masks = method.seen(shaken(start.adapters), masks)
-    params = PARAMS if start.params is None else start.params
+    params = start.params
     save_peft(adapters, masks, tmp_path / "a", initial=jax.device_get(start.adapters), **FORM)
     model = peft.PeftModel.from_pretrained(torch_model(), tmp_path / "a").eval()
     x = draw(40, N, D_IN)

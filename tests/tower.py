@@ -76,7 +76,6 @@ def begin(method: jp.Method, form: str = "plain", optimizer: optax.GradientTrans
     sites, forward, batch, traces = jp.find_sites(params), jp.attach(model), {"x": x}, []
     context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
     start = method.start(context)
-    params = params if start.params is None else start.params
     state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
 
     def counted(apply, batch, key):
@@ -84,4 +83,4 @@ def begin(method: jp.Method, form: str = "plain", optimizer: optax.GradientTrans
         return loss_fn(apply, batch, key)
 
     step = jp.make_step(forward, counted, optimizer, method, donate=False)
-    return World(model, params, batch, forward, context, method, optimizer, start, state, step, traces)
+    return World(model, start.params, batch, forward, context, method, optimizer, start, state, step, traces)

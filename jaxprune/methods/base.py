@@ -41,14 +41,14 @@ class Start(NamedTuple):
       adapters: what is trained.
       masks: {site path: mask}.
       plan: the ranks; None for methods that have none.
-      params: what the frozen parameters become, for a method that changes them (PiSSA takes its factors out of the
-        kernels); None where they stay. Must be a deterministic function of the context: a resumed run makes them again.
+      params: the frozen parameters that the step must use: the context's own, but for a method that changes them (PiSSA takes
+        its factors out of the kernels). Must be a deterministic function of the context: a resumed run makes them again.
     """
 
     adapters: Adapters
     masks: Masks
     plan: Plan | None
-    params: Mapping[str, Any] | None = None
+    params: Mapping[str, Any]
 
 
 class Probes(NamedTuple):
@@ -81,8 +81,9 @@ class Method(NamedTuple):
       observe: `observe(state, adapters, masks, grads, step, measured) -> state`: jitted inside the training step; sees the
         gradients before clipping and weight decay, and what `probes` measured (None on steps that do not measure).
       decide: `decide(state, adapters, masks, step, context) -> (state, Decision | None)`: runs on the host after the steps
-        that `triggers` names; `context` is what `start` got, or None where the caller has none.
-      triggers: `triggers(number) -> bool`: is there an event after step `number` (1, 2, ...)?
+        that `events` names; `context` is what `start` got, or None where the caller has none.
+      events: the steps (1, 2, ...) after which `decide` runs: few, and known before training, so that a run too short for them is
+        refused when the method is made.
       penalty: `penalty(adapters) -> scalar` added to the loss.
       project: `project(state, adapters, masks, step) -> adapters`, jitted, after every update.
       view: `view(adapters, masks, key, step) -> (adapters, masks)`: what the forward pass sees of them; differentiated
@@ -97,13 +98,17 @@ class Method(NamedTuple):
     init: Callable[..., Any] = lambda adapters, masks, sites: ()
     observe: Callable[..., Any] = lambda state, adapters, masks, grads, step, measured: state
     decide: Callable[..., Any] | None = None
-    triggers: Callable[[int], bool] = lambda number: False
+    events: tuple[int, ...] = ()
     penalty: Callable[..., Any] | None = None
     project: Callable[..., Any] | None = None
     view: Callable[..., Any] | None = None
     probes: Probes | None = None
     compact: Callable[..., Any] = lambda state, kept: state
     name: str = ""
+
+    def triggers(self, number: int) -> bool:
+        """Tell whether there is an event after step `number`."""
+        return number in self.events
 
     def seen(self, adapters: Adapters, masks: Masks) -> tuple[Adapters, Masks]:
         """Return what a forward pass outside training sees: to evaluate, merge and export."""

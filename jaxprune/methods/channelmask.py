@@ -129,7 +129,7 @@ def channelmask(
         penalty=(lambda adapters: lam * density(adapters)) if lam else None,
         project=None if target is None else functools.partial(_hold_density, end=end, first=begin, last=target),
         decide=decide,
-        triggers=lambda number: number == end,
+        events=(end,),
         name="channelmask",
     )
 
@@ -166,7 +166,7 @@ def uniformmask(
         # Settled from the start: all channels are on, and no gradient reaches the logits.
         lambda context: _start(context, channels, rank, alpha, dropout, heads, shared, SETTLED),
         decide=decide,
-        triggers=lambda number: number == end,
+        events=(end,),
         name="uniformmask",
     )
 

@@ -49,7 +49,6 @@ def with_dora(method: Method) -> Method:
 
     def start(context: Context) -> Start:
         begun = method.start(context)
-        params = context.params if begun.params is None else begun.params
-        return begun._replace(adapters=to_dora(begun.adapters, params))
+        return begun._replace(adapters=to_dora(begun.adapters, begun.params))
 
     return method._replace(start=start, name=method.name and f"dora+{method.name}")

@@ -37,7 +37,7 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, count
 from jaxprune.allocate import prune_problem, solve
-from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Share, checked
+from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.oplora import Budget, Ranks, Score, Seconds, Solver, TimeBudget, oplora
@@ -46,6 +46,8 @@ from jaxprune.schedules import Schedule, bezier, event_steps
 from jaxprune.scores import component_norms
 from jaxprune.sites import Site, site_at
 
+# No site has more ranks to lose.
+Events = Annotated[int, Range(1, MOST_RANK)]
 IMPORTANCES = ("training", "samples")
 
 
@@ -72,7 +74,7 @@ def dplora(
     *,
     total_steps: Count,
     target: Share = 0.6,
-    events: Count = 10,
+    events: Events | None = None,
     delay: Annotated[int, Range(0, MOST_STEPS)] = 0,
     recovery_steps: Annotated[int, Range(0, MOST_STEPS)] | None = None,
     schedule: Schedule = bezier(),  # noqa: B008
@@ -95,7 +97,7 @@ def dplora(
     Args:
       total_steps: optimiser steps of the whole run.
       target: p, the share of the adapter parameters to prune by the last event.
-      events: N.
+      events: N; None for 10, or as many as fit into a shorter run.
       delay: steps before pruning starts; the learning rate's warm-up in the paper.
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
       schedule: share of the pruning done at progress t, from `jaxprune.schedules`.
@@ -111,6 +113,8 @@ def dplora(
       UsageError: a setting is out of range, the events do not fit, or (by `start`) the types of sites cannot all keep a rank
         within the last budget.
     """
+    if events is None:
+        events = min(10, max(1, total_steps - delay - 1))
     steps = event_steps(events, total_steps, delay)
     interval = (total_steps - delay) / (events + 1)
     recovery = min(100, int(interval / 2)) if recovery_steps is None else recovery_steps
@@ -121,10 +125,10 @@ def dplora(
         )
     # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
     earliest = 3 if delay else 2
-    if importance == "training" and steps[0] < earliest:
+    if importance == "training" and steps[-1] < earliest:
         raise UsageError(
-            f"{events} pruning events put the first after step {steps[0]}, and nothing can be measured before step "
-            f"{earliest}; ask for fewer events, or a longer run"
+            f"the last pruning event comes after step {steps[-1]}, and nothing can be measured before step {earliest}; "
+            f"train longer"
         )
     first = oplora(
         budget=budget, time_budget=time_budget, score=score, ranks=ranks, solver=solver, time_limit=time_limit,
@@ -212,7 +216,7 @@ def dplora(
         init=init,
         observe=observe,
         decide=decide,
-        triggers=lambda number: number in steps,
+        events=steps,
         compact=compact,
         name="dplora",
     )

@@ -40,7 +40,9 @@ def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+        return Start(
+            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
+        )
 
     def view(adapters, masks, key, step):
         if key is None:

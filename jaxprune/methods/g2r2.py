@@ -16,6 +16,8 @@ Where this differs from the paper, and why:
   R(B)) and `random` are the ablation of table 4.
 - Its eq. 12 has (t - t_i - t_f) in the numerator, which starts far above 1; the usual t - t_i is meant.
 - Eq. 10 prunes noisy modules first, where the methods it follows keep them: `combine="div"` is Rbar / Ubar, `"none"` Rbar.
+- The decays are b1^m and b2^m where m steps lie between measurements, so that an average reaches back as many steps whatever m
+  is; averages start from 0 with their bias corrected, and nothing is measured while the learning rate warms up (`delay`).
 - R is a reciprocal, so that a batch of tiny S is a spike in Rbar; `robust=True` smooths S before it is inverted.
 - A measurement with S = 0 (as at step 0, where B = 0) or not finite is skipped and counted. Nothing is pruned before every
   module was measured.
@@ -46,7 +48,7 @@ from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
 from jaxprune.prune import Decision
-from jaxprune.schedules import cubic
+from jaxprune.schedules import Stage, cubic, stage_steps, thinned
 from jaxprune.scores import redundancy
 from jaxprune.scores.probe import GradientProbe
 from jaxprune.sites import Site, site_at
@@ -66,7 +68,6 @@ _OF_FACTORS: dict[str, Callable] = {
 }
 REDUNDANCY_SCORES = (*_INSIDE, *_OF_FACTORS, "random")
 COMBINES = ("mul", "none", "div")
-Stage = Annotated[float, Range(0, MOST_STEPS)]
 Fraction = Annotated[float, Range(above=0, high=1)]
 _TINY = np.finfo(np.float64).tiny
 
@@ -75,8 +76,8 @@ class Redundancy(NamedTuple):
     """What is known of a site's module, each () or (layers,).
 
     Attributes:
-      smooth: Rbar.
-      uncertainty: Ubar.
+      smooth: Rbar, before its bias is corrected.
+      uncertainty: Ubar, likewise.
       sensitivity: the same average of S.
       count: measurements that went in.
       skipped: measurements that did not, being zero or not finite.
@@ -103,12 +104,13 @@ def g2r2(
     alpha: Positive | None = None,
     dropout: Share = 0.0,
     total_steps: Count | None = None,
+    delay: Annotated[int, Range(0, MOST_STEPS)] = 0,
     warmup: Stage = 0.1,
     progressive: Stage = 0.1,
     initial: Fraction = 1.0,
     final: Fraction = 0.2,
     score: Annotated[str, OneOf(REDUNDANCY_SCORES)] = "exact",
-    interval: Count = 10,
+    interval: Count | None = None,
     beta1: Share = 0.85,
     beta2: Share = 0.95,
     combine: Annotated[str, OneOf(COMBINES)] = "mul",
@@ -123,12 +125,14 @@ def g2r2(
       alpha: numerator of s = alpha / rank; None for 2 * rank, that is s = 2.
       dropout: rate of the dropout on the adapters' inputs.
       total_steps: optimiser steps of the whole run, needed where a stage is a fraction of it.
+      delay: the learning rate's warm-up, in which nothing is measured.
       warmup: T_w, optimiser steps that only measure; below 1 a fraction of `total_steps`.
       progressive: T_p, optimiser steps over which modules go; below 1 a fraction of `total_steps`.
       initial: p0, the fraction of modules kept when pruning begins.
       final: pf, the fraction kept at its end.
       score: one of `REDUNDANCY_SCORES`, see above.
-      interval: steps from one measurement, and the pruning that may follow it, to the next.
+      interval: steps from one measurement, and the pruning that may follow it, to the next; None for a twentieth of both stages,
+        at most 10.
       beta1: decay of Rbar.
       beta2: decay of Ubar.
       combine: Rhat is Rbar Ubar (`mul`), Rbar (`none`) or Rbar / Ubar (`div`).
@@ -144,22 +148,32 @@ def g2r2(
     """
     if final > initial:
         raise UsageError(f"fractions kept, {initial} to {final}, are out of range; expected 0 < final <= initial <= 1")
-    first = _steps("warmup", warmup, total_steps)
-    last = first + _steps("progressive", progressive, total_steps)
+    first = stage_steps("warmup", warmup, total_steps)
+    last = first + stage_steps("progressive", progressive, total_steps)
     if total_steps is not None and last > total_steps:
         raise UsageError(f"warm-up and pruning take {last} steps, and the run has {total_steps}; shorten them")
     if last <= first:
         raise UsageError(f"progressive {progressive} is no whole step; expected at least one step of pruning")
-    if not 1 <= interval < last:
+    begin = max(1, delay)  # in the first step B is 0
+    if begin >= last:
         raise UsageError(
-            f"interval {interval} measures nothing before pruning ends at step {last}; expected 1 to {last - 1}"
+            f"pruning ends at step {last}, and nothing can be measured in the first {begin}"
+            f"{', in which the learning rate warms up' if delay else ''}; lengthen warmup or progressive"
         )
+    every = max(1, min(10, last // 20, last - begin)) if interval is None else interval
+    earliest = -(-begin // every) * every
+    if earliest >= last:
+        raise UsageError(
+            f"interval {every} measures nothing before pruning ends at step {last}; expected 1 to {last - begin}"
+        )
+    decays = beta1**every, beta2**every
 
     def due(step: Any) -> Any:
-        return (step >= 1) & (step < last) & (step % interval == 0)
+        return (step >= begin) & (step < last) & (step % every == 0)
 
-    def triggers(number: int) -> bool:
-        return number == last or (not abrupt and first < number < last and bool(due(number - 1)))
+    # A measurement in step n, counted from 0, is of the step number n + 1.
+    early = range(-(-max(first, begin) // every) * every + 1, last, every)
+    events = (*(() if abrupt else thinned(early)), last)
 
     def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> G2R2State:
         shapes = {path: adapter.a.shape[:-2] for path, adapter in adapters.items() if isinstance(adapter, Lora)}
@@ -171,7 +185,7 @@ def g2r2(
         new = {
             path: _averaged(
                 known, measured[path], masks[path], adapters[path].a.shape[-2] * adapters[path].b.shape[-1],
-                beta1, beta2, robust,
+                *decays, robust,
             )
             for path, known in state.sites.items()
         }  # fmt: skip
@@ -211,8 +225,10 @@ def g2r2(
         if not measured[alive].all():
             late = {"status": f"nothing pruned: {int((alive & ~measured).sum())} modules could not be measured"}
             return state, Decision({}, report={**report, **late}) if step >= last else None
-        redundant = np.array([_combined(combine, known[path], index) for path, index in modules])
-        order = np.lexsort((redundant, ~alive))
+        redundant = np.array([_combined(combine, known[path], index, decays) for path, index in modules])
+        # With one measurement Ubar is 0; of equal Rhat the larger Rbar goes.
+        smooth = np.array([_corrected(known[path], index, decays)[0] for path, index in modules])
+        order = np.lexsort((smooth, redundant, ~alive))
         gone = [modules[i] for i in order[keep:] if alive[i]]
         if not gone:
             return state, None
@@ -238,7 +254,7 @@ def g2r2(
         init=init,
         observe=observe,
         decide=decide,
-        triggers=triggers,
+        events=events,
         probes=probes,
         compact=compact,
         name="g2r2",
@@ -262,17 +278,18 @@ def factor_scores(score: str, adapters: Adapters, grads: Adapters, paths: Any) -
 
 
 def _averaged(
-    known: Redundancy, measured: jax.Array, mask: jax.Array, entries: int, beta1: float, beta2: float, robust: bool
+    known: Redundancy, measured: jax.Array, mask: jax.Array, entries: int, decay1: float, decay2: float, robust: bool
 ) -> Redundancy:
     alive = jnp.any(mask > 0, axis=-1)
     redundancy_now = entries / measured
     valid = alive & jnp.isfinite(measured) & (measured > 0) & jnp.isfinite(redundancy_now)
     count = known.count + valid
-    sensitivity = beta1 * known.sensitivity + (1 - beta1) * measured
+    weight = 1 - decay1 ** count.astype(jnp.float32)  # what an average from 0 has of its weights so far
+    sensitivity = decay1 * known.sensitivity + (1 - decay1) * measured
     if robust:
-        redundancy_now = entries * (1 - beta1 ** count.astype(jnp.float32)) / sensitivity
-    smooth = beta1 * known.smooth + (1 - beta1) * redundancy_now
-    uncertainty = beta2 * known.uncertainty + (1 - beta2) * jnp.abs(redundancy_now - smooth)
+        redundancy_now = entries * weight / sensitivity
+    smooth = decay1 * known.smooth + (1 - decay1) * redundancy_now
+    uncertainty = decay2 * known.uncertainty + (1 - decay2) * jnp.abs(redundancy_now - smooth / weight)
     keep = functools.partial(jnp.where, valid)
     return Redundancy(
         keep(smooth, known.smooth),
@@ -283,8 +300,16 @@ def _averaged(
     )
 
 
-def _combined(combine: str, known: Redundancy, index: tuple[int, ...]) -> float:
-    smooth, uncertainty = float(known.smooth[index]), float(known.uncertainty[index])
+def _corrected(known: Redundancy, index: tuple[int, ...], decays: tuple[float, float]) -> tuple[float, float]:
+    """Return Rbar and Ubar without the bias of averages that began at 0."""
+    count = max(1, int(known.count[index]))
+    return float(known.smooth[index]) / (1 - decays[0] ** count), float(known.uncertainty[index]) / (
+        1 - decays[1] ** count
+    )
+
+
+def _combined(combine: str, known: Redundancy, index: tuple[int, ...], decays: tuple[float, float]) -> float:
+    smooth, uncertainty = _corrected(known, index, decays)
     if combine == "mul":
         return smooth * uncertainty
     return smooth if combine == "none" else smooth / max(uncertainty, _TINY)
@@ -299,15 +324,3 @@ def _random(key: jax.Array, path: str, adapter: Lora, shape: tuple[int, ...]) ->
 def _zeros(adapters: Adapters) -> dict[str, jax.Array]:
     loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
     return {path: jnp.zeros(adapter.a.shape[:-2], jnp.float32) for path, adapter in loras.items()}
-
-
-def _steps(name: str, value: float, total_steps: int | None) -> int:
-    if value >= 1 and value != round(value):
-        raise UsageError(
-            f"{name} {value} is out of range; expected a whole number of steps, or a fraction of the run below 1"
-        )
-    if value >= 1 or value == 0:
-        return round(value)
-    if total_steps is None:
-        raise UsageError(f"{name} {value} is a fraction of the run: give total_steps, or {name} as a number of steps")
-    return round(value * total_steps)

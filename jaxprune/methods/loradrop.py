@@ -2,14 +2,15 @@
 
 LoRA is trained for a while. Then the importance of a layer is measured on a sample of the data,
 
-    I_l = mean over samples of sum over sites of l and tokens of |s x A B|^2,   share_l = I_l / sum_k I_k
+    I_l = sum over sites of l of the mean over tokens of |s x A B|^2,   share_l = I_l / sum_k I_k
 
 The layers of largest share keep their own LoRA until their shares add up to T. Of the others, all sites of one type and one
 shape use one LoRA from then on, and training goes on. The shared one starts as that of the most important layer among them.
 
 What the paper leaves open, or what could only be read about it second hand: which layer the shared LoRA starts from;
 that training goes on with what was trained so far; a layer's sites count together (`per="site"` ranks the sites of each type
-apart). Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
+apart). The mean is over the tokens that a site sees: the last layer of a classifier may see first tokens alone, and a sum would
+make it small for that. Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
 
 Sharing is a property of the adapter: `view` spreads a shared one over its sites, so that `Method.seen` gives plain LoRA to
 merge and to export.
@@ -36,6 +37,7 @@ from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.prune import Decision
 from jaxprune.prune.components import host
+from jaxprune.schedules import Stage, stage_steps
 from jaxprune.sites import Site, site_at
 
 PER = ("layer", "site")
@@ -44,7 +46,8 @@ PER = ("layer", "site")
 @checked
 def loradrop(
     *,
-    measure_at: Count,
+    total_steps: Count | None = None,
+    measure_at: Stage = 0.1,
     rank: Rank = 8,
     threshold: Annotated[float, Range(above=0, high=1)] = 0.9,
     per: Annotated[str, OneOf(PER)] = "layer",
@@ -54,7 +57,8 @@ def loradrop(
     """Train LoRA, then let the layers of little output share.
 
     Args:
-      measure_at: the step after which importance is measured.
+      total_steps: optimiser steps of the whole run, needed where `measure_at` is a fraction of it.
+      measure_at: the step after which importance is measured; below 1 a fraction of `total_steps`.
       rank: components at each site.
       threshold: T, the share of the importance whose layers keep a LoRA of their own, in (0, 1].
       per: rank `layer`s, or the `site`s of each type.
@@ -62,12 +66,19 @@ def loradrop(
       dropout: rate of the dropout on the adapters' inputs.
 
     Raises:
-      UsageError: a setting is out of range.
+      UsageError: a setting is out of range, or nothing would be measured within the run.
     """
+    at = stage_steps("measure_at", measure_at, total_steps)
+    if not 1 <= at <= (total_steps or at):
+        raise UsageError(
+            f"measure_at {measure_at} is out of range; expected a step from 1 to {total_steps or 'the last'}"
+        )
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+        return Start(
+            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
+        )
 
     def decide(state, adapters, masks, step, context):
         if context is None or not context.batches:
@@ -84,16 +95,16 @@ def loradrop(
                     new_adapters[user], new_masks[user] = lora, mask
         return new_adapters, new_masks
 
-    return Method(start, decide=decide, triggers=lambda number: number == measure_at, view=view, name="loradrop")
+    return Method(start, decide=decide, events=(at,), view=view, name="loradrop")
 
 
 def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:
-    """Measure sum over all tokens of |s x A B|^2 at every LoRA site, over the batches of the context.
+    """Measure the mean over tokens of |s x A B|^2 at every LoRA site, averaged over the batches of the context.
 
     One forward and backward pass a batch, with nothing dropped; needs `attach`, since a merged kernel has no outputs.
 
     Returns:
-      {site path: () or (layers,)}; a constant factor from the mean over samples would cancel in the shares.
+      {site path: () or (layers,)}.
     """
     loras = {path: x for path, x in adapters.items() if isinstance(x, Lora)}
     taus = {path: jnp.zeros(x.a.shape[:-2], jnp.float32) for path, x in loras.items()}
@@ -106,13 +117,13 @@ def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dic
 
     measure = jax.jit(jax.grad(loss))
     rows = [jax.device_get(measure(taus, dict(adapters), context.params, batch)) for batch in context.batches]
-    return {path: np.asarray(np.sum([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
+    return {path: np.asarray(np.mean([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["adapter", "tau"], meta_fields=[])
 @dataclass(frozen=True)
 class _OutputTap:
-    """Compute what the adapter computes, and hand |s x A B|^2 to tau as its gradient."""
+    """Compute what the adapter computes, and hand the mean of |s x A B|^2 over tokens to tau as its gradient."""
 
     adapter: Lora
     tau: Array
@@ -130,7 +141,7 @@ def _measured(value: Array, tau: Array) -> Array:
 
 
 def _backward(value: Array, gradient: Array) -> tuple[Array, Array]:
-    return gradient, jnp.sum(jnp.square(value.astype(jnp.float32)))
+    return gradient, jnp.sum(jnp.square(value.astype(jnp.float32))) / (value.size // value.shape[-1])
 
 
 _measured.defvjp(lambda value, tau: (value, value), _backward)

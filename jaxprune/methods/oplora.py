@@ -69,6 +69,8 @@ def oplora(
         plan = allocate(
             scores, context.sites, budget, ranks=ranks, solver=solver, time_limit=time_limit, time_budget=time_budget
         )
-        return Start(*init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+        return Start(
+            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
+        )
 
     return Method(start, name="oplora")

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -91,8 +90,8 @@ def prunedlora(
     target: Rank = 64,
     alpha: Positive | None = None,
     dropout: Share = 0.0,
-    interval: Count = 10,
-    remove: Count = 2,
+    interval: Count | None = None,
+    remove: Count | None = None,
     start_step: Count | None = None,
     total_steps: Count | None = None,
     score: Annotated[str, OneOf(PRUNED_SCORES)] = "obs",
@@ -109,9 +108,10 @@ def prunedlora(
       target: components at each site in the end.
       alpha: numerator of s = alpha / rank; None for `rank`, that is s = 1.
       dropout: rate of the dropout on the adapters' inputs.
-      interval: K1, optimiser steps between events.
-      remove: K2, components each site loses at an event.
-      start_step: the first event comes after this many optimiser steps, at least K1; None for K1.
+      interval: K1, optimiser steps between events; None for events spread over the first half of the run, or 10 where
+        `total_steps` is not given.
+      remove: K2, components each site loses at an event; None for 2, or as many as a short run needs.
+      start_step: the first event comes after this many optimiser steps, at least K1; None for K1, but no sooner than 2.
       total_steps: optimiser steps of the whole run; where given, the events must fit.
       score: one of `PRUNED_SCORES`, see above; the next four settings are for `obs` alone.
       curvature: `fisher`, the average over steps of g g^T / d (the default); `gtg`, the same of one step, as a sum over d;
@@ -129,10 +129,17 @@ def prunedlora(
     surgery = _surgery(score, curvature, first_order, compensate, damping)
     if target > rank:
         raise UsageError(f"target {target} is out of range; expected 1 to the initial rank, {rank}")
-    first = interval if start_step is None else start_step
+    half = None if total_steps is None else total_steps // 2
+    # B starts at 0, where A has no gradient, so that the first step measures one factor only.
+    if remove is None:
+        begin, step = start_step or max(2, interval or 2), interval or 1
+        remove = 2 if half is None else max(2, -(-(rank - target) // max(1, (half - begin) // step + 1)))
+    events = -(-(rank - target) // remove)
+    if interval is None:
+        interval = 10 if half is None else max(1, half // max(1, events))
+    first = max(2, interval) if start_step is None else start_step
     if first < interval:
         raise UsageError(f"start_step {first} is out of range; expected at least the interval, {interval}")
-    events = math.ceil((rank - target) / remove)
     last = first + (events - 1) * interval
     if events and total_steps is not None and last > total_steps:
         raise UsageError(
@@ -226,7 +233,7 @@ def prunedlora(
         init=init,
         observe=observe,
         decide=decide,
-        triggers=lambda number: bool(due(number)),
+        events=tuple(range(first, last + 1, interval)),
         probes=probes,
         compact=compact,
         name="prunedlora",

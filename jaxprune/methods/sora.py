@@ -41,7 +41,7 @@ def sora(
     total_steps: Count,
     rank: Rank = 8,
     penalty: NotNegative = 1e-3,
-    threshold: NotNegative | Callable[[jax.Array], jax.Array] = 1e-3,
+    threshold: NotNegative | Callable[[jax.Array], jax.Array] | None = None,
     prox: Annotated[str, OneOf(PROX)] = "soft",
     alpha: Positive | None = None,
     dropout: Share = 0.0,
@@ -52,7 +52,8 @@ def sora(
       total_steps: the step after which components of gate 0 die, usually the last.
       rank: components at each site at the start.
       penalty: l1, weight of mean |g|.
-      threshold: l2, a number or a function of the step (0, 1, ...) such as `thresholds` makes.
+      threshold: l2, a number or a function of the step (0, 1, ...) such as `thresholds` makes; None for 0.5 / total_steps, which
+        shrinks every gate by 0.5 in all, however long the run is (the released code's 1e-3 does so in 500 steps).
       prox: `soft` or `released`, see above.
       alpha: numerator of s = alpha / rank; None for s = 2.
       dropout: rate of the dropout on the adapters' inputs.
@@ -61,9 +62,14 @@ def sora(
       UsageError: a setting is out of range.
     """
 
+    if threshold is None:
+        threshold = 0.5 / total_steps
+
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(*init_gated(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan)
+        return Start(
+            *init_gated(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
+        )
 
     def regular(adapters):
         gates = [x.gate for x in adapters.values() if isinstance(x, Gated)]
@@ -83,7 +89,7 @@ def sora(
     return Method(
         start,
         decide=decide,
-        triggers=lambda number: number == total_steps,
+        events=(total_steps,),
         penalty=regular if penalty else None,
         project=project,
         name="sora",

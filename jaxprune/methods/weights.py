@@ -8,9 +8,11 @@ from jaxprune.methods.base import Method, Start
 
 def full() -> Method:
     """Train every parameter."""
-    return Method(lambda context: Start(init_weights(context.params, ""), {}, None), name="full")
+    return Method(lambda context: Start(init_weights(context.params, ""), {}, None, context.params), name="full")
 
 
 def bitfit() -> Method:
     """Train the bias of every layer and of every normalisation, and nothing else."""
-    return Method(lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None), name="bitfit")
+    return Method(
+        lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None, context.params), name="bitfit"
+    )

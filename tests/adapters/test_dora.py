@@ -108,7 +108,7 @@ def test_rank_pruning_works_and_compaction_changes_nothing(form):
         dead = {first: np.zeros_like(masks[first])}
         return state, Decision({**dead, **{path: np.asarray(masks[path].at[..., 0].set(0.0)) for path in rest}})
 
-    method = jp.with_dora(jp.lora(rank=3))._replace(decide=decide, triggers=lambda number: number == 2)
+    method = jp.with_dora(jp.lora(rank=3))._replace(decide=decide, events=(2,))
     world = begin(method, form)
     state = world.state
     assert all(isinstance(adapter, jp.Dora) for adapter in state.adapters.values())

@@ -271,3 +271,44 @@ def test_triplets_and_penalty_by_hand():
 def test_settings_out_of_range(wrong):
     with pytest.raises(jp.UsageError, match=next(iter(wrong))):
         jp.adalora(**settings(**wrong))
+
+
+def test_the_defaults_learn_in_some_hundred_steps():
+    """Two kernels learn a change of rank 2 in a quarter of 400 steps; with a scale of 2 most of the loss is left."""
+    width, total = 128, 400
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {n: {"kernel": jax.random.normal(keys[i], (width, width)) / width**0.5} for i, n in enumerate(SIZES)}
+    change = [jax.random.normal(a, (width, 2)) @ jax.random.normal(b, (2, width)) for a, b in (keys[2:4], keys[4:])]
+    taught = {n: {"kernel": p["kernel"] + 2 / width * change[i]} for i, (n, p) in enumerate(params.items())}
+    forward, sites = jp.attach_function(chain), jp.find_sites(params)
+    loss_fn = lambda apply, x, key: jnp.mean(jnp.square(apply(x) - chain(taught, x)))  # noqa: E731
+    # Four factors take the penalty that 144 have in the scripts.
+    method, optimizer = jp.adalora(total_steps=total, orthogonal=0.1 * 4 / 144), optax.adamw(1e-3)
+    start = method.start(jp.Context(jax.random.key(1), params, sites, forward, loss_fn))
+    state = jp.init_state(jax.random.key(2), start.adapters, start.masks, optimizer, method, sites)
+    step, losses = jp.make_step(forward, loss_fn, optimizer, method), []
+    for number in range(total // 4):
+        state, metrics = step(start.params, state, jax.random.normal(jax.random.key(number), (32, width)))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < losses[0] / 3
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(2, 16), (12, 16)])
+def test_the_scale_is_that_of_the_scripts(rank, scale):
+    params = {"one": {"kernel": jnp.ones((5, 4))}}
+    method = jp.adalora(total_steps=20, init_rank=rank, target_rank=1)
+    start = method.start(jp.Context(jax.random.key(1), params, jp.find_sites(params), lambda: None, lambda: None))
+    assert start.adapters["one"].scale == pytest.approx(scale, rel=1e-4)
+
+
+def test_a_run_of_two_billion_steps_keeps_no_table_of_them():
+    """The budget at any step, from the steps at which it falls."""
+    total = 2**31 - 1
+    method = jp.adalora(total_steps=total, init_rank=4, target_rank=2, interval=1, tinit=0, tfinal=0)
+    params = {"one": {"kernel": jnp.ones((5, 4))}}
+    start = method.start(jp.Context(jax.random.key(1), params, jp.find_sites(params), lambda: None, lambda: None))
+    adapters = {path: dataclasses.replace(a, e=a.e + 1) for path, a in start.adapters.items()}
+    project, state = jax.jit(method.project), method.init(adapters, start.masks, ())
+    for number in (1, total // 5, total // 4, total - 1):  # 2 + 2 (1 - t / T)^3 is 3 at t = 0.206 T
+        after = project(state, adapters, start.masks, jnp.int32(number - 1))
+        assert int((after["one"].e != 0).sum()) == int(2 + 2 * (1 - number / total) ** 3)

@@ -11,6 +11,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.methods.g2r2 import _averaged as averaged
+from jaxprune.methods.g2r2 import _corrected as corrected
 from jaxprune.schedules import cubic
 from jaxprune.scores import redundancy
 from jaxprune.sites import flatten
@@ -183,7 +184,7 @@ def replay(values, entries, beta1, beta2, robust):
         mean = beta1 * mean + (1 - beta1) * value
         now = entries / (mean / (1 - beta1**count)) if robust else entries / value
         smooth = beta1 * smooth + (1 - beta1) * now
-        spread = beta2 * spread + (1 - beta2) * abs(now - smooth)
+        spread = beta2 * spread + (1 - beta2) * abs(now - smooth / (1 - beta1**count))
     return smooth, spread
 
 
@@ -200,6 +201,24 @@ def test_averages_skip_what_cannot_be_measured(robust):
     assert float(known.uncertainty) == pytest.approx(spread, rel=1e-4)
     dead = averaged(known, jnp.float32(1.0), jnp.zeros(3), 96, 0.85, 0.95, robust)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), dead, known))
+
+
+def test_an_average_reaches_back_as_many_steps_whatever_the_interval():
+    """Ten steps between measurements weigh as ten steps: beta^10, without the bias of an average that began at 0."""
+    s = setting(interval=10, warmup=60, progressive=10, delay=15)
+    assert [n for n in range(80) if s.method.probes.when(n)] == [20, 30, 40, 50, 60]
+    state, path = s.state.method_state, "layer_0/fc1"
+    for value in (0.5, 2.0, 1.0):
+        measured = dict.fromkeys(state.sites, jnp.float32(value))
+        state = s.method.observe(state, s.state.adapters, s.state.masks, None, 10, measured)
+    now = 96 / np.array([0.5, 2.0, 1.0])
+    weights = 0.85 ** np.array([20, 10, 0])
+    smooth, _ = corrected(state.sites[path], (), (0.85**10, 0.95**10))
+    assert smooth == pytest.approx((weights * now).sum() / weights.sum(), rel=1e-5)
+
+
+def test_with_one_measurement_the_larger_average_goes():
+    assert gone(decided(setting(final=0.5), 8, smooth=[6, 1, 5, 2, 4, 3], uncertainty=[0.0] * 6)) == [0, 2, 4]
 
 
 def decided(s, step, **columns):
@@ -351,6 +370,7 @@ def test_the_probe_keeps_no_dense_gradient():
         ({"total_steps": 6}, "take 8 steps, and the run has 6"),
         ({"warmup": 1.5}, "warmup 1.5 is out of range; expected a whole number of steps"),
         ({"progressive": 0}, "at least one step"),
+        ({"delay": 8}, "nothing can be measured in the first 8, in which the learning rate warms up"),
         ({"interval": 8}, "measures nothing before pruning ends at step 8; expected 1 to 7"),
     ],
 )

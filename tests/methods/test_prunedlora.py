@@ -268,7 +268,7 @@ def test_a_rank_above_the_kernels_is_allowed():
         ({"interval": 0}, "interval 0"),
         ({"start_step": 9}, "at least the interval, 10"),
         ({"decay": 1.0}, "decay 1.0"),
-        ({"total_steps": 319}, "takes 320 steps, and the run has 319"),
+        ({"total_steps": 319, "interval": 10, "remove": 2}, "takes 320 steps, and the run has 319"),
     ],
 )
 def test_bad_settings(settings, message):
