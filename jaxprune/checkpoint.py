@@ -33,7 +33,7 @@ from jaxprune.checks import Range, whole
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Method
 from jaxprune.sites import Site
-from jaxprune.train import TrainState, init_state, leaf_names
+from jaxprune.train import TrainState, init_state, leaf_names, place
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ class Checkpoints:
         sites: Sequence[Site] = (),
         *,
         step: int | None = None,
+        where: TrainState | None = None,
     ) -> TrainState:
         """Read a state back, bit for bit.
 
@@ -186,6 +187,8 @@ class Checkpoints:
           method: the method of the run.
           sites: what `init_state` got.
           step: by default that of `latest`; a step that is named is never replaced by another.
+          where: a state on the devices where this one is to lie, such as what `init_state` made of the run's first adapters;
+            None for the one device that JAX uses by default.
 
         Raises:
           UsageError: there is no such checkpoint, it is damaged, or optimizer or method are not those of the run; the
@@ -217,7 +220,7 @@ class Checkpoints:
             jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(leaf)) if _is_key(leaf) else arrays[name]
             for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)
         ]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return place(jax.tree.unflatten(jax.tree.structure(like), leaves), like if where is None else where)
 
     def _forgotten(self) -> None:
         """Wait at the end of a program that did not, where it is often too late for Orbax to finish."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import check_key, check_mappings, check_mask, leaves_of
@@ -46,8 +48,10 @@ def init_state(
     optimizer: optax.GradientTransformation,
     method: Method | None = None,
     sites: Sequence[Site] = (),
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
-    """Make the state of step 0.
+    """Make the state of step 0, committed to the devices where it stays.
 
     Args:
       key: random key; the step folds its number into it, so a run's randomness is a function of (key, step).
@@ -56,6 +60,8 @@ def init_state(
       optimizer: any Optax chain.
       method: whose own state to make; None for none.
       sites: passed to the method.
+      mesh: the devices that the parameters lie on, where they are several; by default those that an adapter lies on. Leaves
+        that are on one device go to all of them, whole.
 
     Raises:
       UsageError: an argument is of another kind, or a mask does not fit its adapter.
@@ -71,7 +77,56 @@ def init_state(
         check_mask(path, adapter, masks.get(path))
     method_state = method.init(adapters, masks, sites) if method else ()
     opt_state = only_trained(optimizer, adapters).init(adapters)
-    return TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key)
+    return place(TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key), mesh=mesh)
+
+
+def place(state: TrainState, where: TrainState | None = None, *, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """Commit every leaf of a state, so that a step which was compiled for `where` need not be compiled again.
+
+    A leaf goes where the leaf of the same name lies in `where`. One without a namesake stays where it is on the mesh, and goes
+    to every device of it from elsewhere; without a mesh, to the one device. No leaf stays weakly typed.
+
+    Args:
+      state: not changed.
+      where: the state before an event, or one that `init_state` made; None for a first one.
+      mesh: by default the one that leaves of `where`, or of `state`, lie on.
+
+    Raises:
+      UsageError: a leaf cannot be divided as the one of the same name is.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):  # which lies nowhere yet
+        return jax.tree.map(_strong, state)
+    names, leaves = leaf_names(state), [x if isinstance(x, jax.Array) else jnp.array(x) for x in jax.tree.leaves(state)]
+    known = {}
+    if where is not None:
+        known = {name: leaf.sharding for name, leaf in zip(leaf_names(where), jax.tree.leaves(where), strict=True)}
+    shardings = known.values() or [leaf.sharding for leaf in leaves]
+    home = _home(shardings, mesh)
+
+    def target(name: str, leaf: jax.Array) -> jax.sharding.Sharding:
+        sharding = known.get(name, leaf.sharding if leaf.sharding.device_set == home.device_set else home)
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            raise UsageError(
+                f"{name} of shape {leaf.shape} cannot be divided as {shown(sharding)}; do not divide the axis of components"
+            ) from None
+        return sharding
+
+    targets = [target(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(state), jax.device_put([_strong(leaf) for leaf in leaves], targets))
+
+
+def _home(shardings: Iterable[jax.sharding.Sharding], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+    """Return where leaves go that lie nowhere in particular: whole on every device of the mesh, or on the one device."""
+    shardings = list(shardings)
+    meshes = [mesh] if mesh else [s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else shardings[0]
+
+
+def _strong(leaf: jax.Array) -> jax.Array:
+    """Return a leaf that is not weakly typed, as what was computed with Python numbers is."""
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf
 
 
 def _check_parts(optimizer: Any, method: Any) -> None:
@@ -113,9 +168,9 @@ def prune(
 ) -> tuple[TrainState, Decision | None]:
     """Run the method's pruning event, where there is one after the steps done so far.
 
-    A pure function of the state, on the host. Components that die are masked and every value and moment of them becomes
-    zero; shapes stay, so nothing is compiled again until `compacted` is called. It reads `state.step`, and so waits for the
-    device: a loop that must not wait asks `method.triggers(number)` first.
+    A pure function of the state. Components that die are masked and every value and moment of them becomes zero; shapes and
+    places stay, so nothing is compiled again until `compacted` is called. It reads `state.step`, and so waits for the device:
+    a loop that must not wait asks `method.triggers(number)` first.
 
     Args:
       state: not changed.
@@ -129,12 +184,12 @@ def prune(
     if method.decide is None or not method.triggers(int(state.step)):
         return state, None
     method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), context)
-    state = state._replace(method_state=method_state)
-    if decision is None:
-        return state, None
-    chain = only_trained(optimizer, state.adapters)
-    adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
-    return state._replace(adapters=adapters, masks=masks, opt_state=opt_state), decision
+    new = state._replace(method_state=method_state)
+    if decision is not None:
+        chain = only_trained(optimizer, state.adapters)
+        adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
+        new = new._replace(adapters=adapters, masks=masks, opt_state=opt_state)
+    return place(new, state), decision
 
 
 def compacted(state: TrainState, method: Method | None, optimizer: optax.GradientTransformation) -> TrainState:
@@ -149,7 +204,8 @@ def compacted(state: TrainState, method: Method | None, optimizer: optax.Gradien
     kept = survivors(state.masks)
     adapters, masks, opt_state = compact(state.adapters, state.masks, state.opt_state, chain)
     method_state = method.compact(state.method_state, kept) if method else state.method_state
-    return state._replace(adapters=adapters, masks=masks, opt_state=opt_state, method_state=method_state)
+    small = state._replace(adapters=adapters, masks=masks, opt_state=opt_state, method_state=method_state)
+    return place(small, state)
 
 
 def compactable(masks: Masks) -> bool:
@@ -254,9 +310,36 @@ def make_step(
             adapters = method.project(method_state, adapters, state.masks, state.step)
         adapters = zero_dead(adapters, state.masks)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "nonfinite": _first_nonfinite(value, grads)}
-        return TrainState(adapters, state.masks, opt_state, method_state, state.step + 1, state.key), metrics
+        new = TrainState(adapters, state.masks, opt_state, method_state, state.step + 1, state.key)
+        return jax.tree.map(_strong, new), metrics
 
-    return jax.jit(step, donate_argnums=(1,) if donate else ())
+    return _Step(step, donate)
+
+
+class _Step:
+    """A jitted step that leaves a divided state divided as it came; on one device the compiler has no choice."""
+
+    def __init__(self, step: Callable[..., Any], donate: bool) -> None:
+        self._jit = functools.partial(jax.jit, step, donate_argnums=(1,) if donate else ())
+        self._one, self._divided = self._jit(), {}
+
+    def __call__(self, params: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._program(state)(params, state, batch)
+
+    def lower(self, params: Any, state: TrainState, batch: Any) -> Any:
+        """Return the lowered step, as of a jitted function; arrays may be abstract."""
+        return self._program(state).lower(params, state, batch)
+
+    def _program(self, state: TrainState) -> Any:
+        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
+        if mesh is None or mesh.size == 1:  # also while a transformation such as vmap traces the step
+            return self._one
+        leaves, structure = jax.tree.flatten(state)
+        key = (structure, *(leaf.sharding for leaf in leaves))
+        if key not in self._divided:
+            shardings = jax.tree.unflatten(structure, key[1:])
+            self._divided[key] = self._jit(out_shardings=(shardings, None))
+        return self._divided[key]
 
 
 def _first_nonfinite(loss: jax.Array, grads: Any) -> jax.Array:

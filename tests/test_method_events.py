@@ -69,7 +69,7 @@ def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
             assert not np.asarray(jnp.where(along(mask, leaf, place.axis) > 0, 0, leaf)).any()
         return leaf
 
-    map_moments(check, end.opt_state, end.adapters, only_trained(optimizer, end.adapters))
+    map_moments(check, end.opt_state, end.adapters)
     if not jp.compactable(end.masks):
         assert name not in PRUNING, "the settings of this suite should prune something"
         return

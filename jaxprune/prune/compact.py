@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -33,13 +36,13 @@ def compact(
     """Gather the survivors of every site and drop the sites that have none.
 
     A[:, k], B[k, :] and every moment of them, in the order they had; step counts stay. The outputs do not change and neither
-    does training, up to rounding; the next step is compiled anew, since shapes change. Runs on the host.
+    does training, up to rounding; the next step is compiled anew, since shapes change. The host sees masks alone.
 
     Args:
       adapters: {path: adapter}.
       masks: {path: mask}.
       opt_state: the state of `optimizer`.
-      optimizer: any Optax chain whose moments have the shape of what they belong to.
+      optimizer: the chain that made it; its moments must have the shape of what they belong to.
 
     Raises:
       UsageError: nothing would be left to train.
@@ -59,7 +62,7 @@ def compact(
         if path not in gone
     }
     moments = map_moments(
-        lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept), opt_state, adapters, optimizer
+        lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept), opt_state, adapters
     )
     return new_adapters, new_masks, rebuild(moments, new_adapters, optimizer)
 
@@ -74,7 +77,14 @@ def _take(leaf: Any, place: Place, kept: Survivors) -> Any:
     index = kept.get(place.path)
     if place.axis is None or index is None or index.shape[-1] == np.shape(leaf)[place.axis]:
         return leaf
-    value = np.asarray(leaf)
-    if value.ndim > index.ndim:
-        index = index[..., None, :] if place.axis == -1 else index[..., :, None]
-    return like(np.take_along_axis(value, index, place.axis), leaf)
+    return take_components(leaf, index, place.axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def take_components(leaf: Any, index: Any, axis: int) -> jax.Array:
+    """Gather components along one axis of a leaf; `index` is (r',), with the stacked axes of the leaf in front."""
+    # The index is never out of range; "clip" saves the comparison with the bounds.
+    take = functools.partial(jnp.take, axis=axis if leaf.ndim > index.ndim else -1, mode="clip")
+    for _ in index.shape[:-1]:
+        take = jax.vmap(take)
+    return take(leaf, index)

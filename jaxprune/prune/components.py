@@ -1,8 +1,8 @@
 """Where the rank components lie: which axis of which leaf of an adapter, and the same in an optimizer's state.
 
 Every kind of adapter names the rank axis of its leaves in `rank_axes`; a leaf that is not named there, such as a DoRA
-magnitude or a head's weight, has no components. An optimizer's state is walked with Optax's own `tree_map_params`, so any chain
-works and none is known by name.
+magnitude or a head's weight, has no components. An optimizer's state holds trees shaped like the adapters, and the path of a leaf
+says whose it is, so any chain works and none is known by name.
 """
 
 from __future__ import annotations
@@ -29,60 +29,58 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Leaf:
-    """Carry a place through tree maps, which would take a tuple apart."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-
-def places(adapters: Adapters) -> dict[str, Any]:
-    """Return a tree like `adapters` whose leaves are opaque and hold a `Place`."""
-
-    def of(path: str, adapter: Any) -> Any:
-        axes = getattr(adapter, "rank_axes", {})
-        # Only arrays are leaves; settings stay what they are, or the two trees would not match.
-        leaves = {
-            name: _Leaf(Place(path, name, axes.get(name), tuple(leaf.shape)))
-            for name, leaf in leaves_of(adapter).items()
-        }
-        return dataclasses.replace(adapter, **leaves)
-
-    return {path: of(path, adapter) for path, adapter in adapters.items()}
+def places(path: str, adapter: Any) -> dict[str, Place]:
+    """Return the place of every leaf of one adapter by field name."""
+    axes = getattr(adapter, "rank_axes", {})
+    return {name: Place(path, name, axes.get(name), tuple(leaf.shape)) for name, leaf in leaves_of(adapter).items()}
 
 
 def map_adapters(f: Callable[[Any, Place], Any], adapters: Adapters) -> dict[str, Any]:
-    """Apply `f(leaf, place)` to every leaf."""
-    return jax.tree.map(lambda leaf, at: f(leaf, at.place), dict(adapters), places(adapters))
+    """Apply `f(leaf, place)` to every leaf; settings stay as they are."""
+    return {
+        path: dataclasses.replace(
+            adapter, **{name: f(getattr(adapter, name), at) for name, at in places(path, adapter).items()}
+        )
+        for path, adapter in adapters.items()
+    }
 
 
-def map_moments(
-    f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapters, optimizer: optax.GradientTransformation
-) -> Any:
+def map_moments(f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapters) -> Any:
     """Apply `f(leaf, place)` to every leaf of an optimizer's state that belongs to a leaf of the adapters.
 
-    Step counts and other leaves that belong to none are kept. A scalar that stands for a whole leaf is kept too.
+    A leaf belongs where its own path ends, [site path].field. Step counts and other leaves that belong to none are kept. A
+    scalar that stands for a whole leaf is kept too.
 
     Raises:
       UsageError: a leaf of the state has neither the shape of its adapter's leaf nor a single entry.
     """
+    whose = {
+        (jax.tree_util.DictKey(path), jax.tree_util.GetAttrKey(name)): at
+        for path, adapter in adapters.items()
+        for name, at in places(path, adapter).items()
+    }
 
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
+    def one(keys: tuple[Any, ...], leaf: Any) -> Any:
+        at = whose.get(keys[-2:])
+        if at is None:
+            inside = next((whose[pair] for pair in zip(keys, keys[1:], strict=False) if pair in whose), None)
+            if inside is None:
+                return leaf
+            raise _untold(leaf, inside)
+        if np.size(leaf) <= 1 and leaf.shape != at.shape:
+            return f(leaf, at._replace(axis=None))
+        if leaf.shape != at.shape:
+            raise _untold(leaf, at)
+        return f(leaf, at)
 
-    def one(leaf: Any, at: _Leaf) -> Any:
-        if masked(leaf):  # an optax.masked chain keeps nothing here
-            return leaf
-        if np.size(leaf) <= 1 and leaf.shape != at.place.shape:
-            return f(leaf, at.place._replace(axis=None))
-        if leaf.shape != at.place.shape:
-            raise UsageError(
-                f"the optimizer keeps a leaf of shape {leaf.shape} for {at.place.field} of {at.place.path!r}, which has shape "
-                f"{at.place.shape}, so its components cannot be told; use an optimizer whose moments are not factored"
-            )
-        return f(leaf, at.place)
+    return jax.tree_util.tree_map_with_path(one, opt_state)
 
-    return optax.tree_utils.tree_map_params(optimizer, one, opt_state, places(adapters), is_leaf=masked)
+
+def _untold(leaf: Any, at: Place) -> UsageError:
+    return UsageError(
+        f"the optimizer keeps a leaf of shape {leaf.shape} for {at.field} of {at.path!r}, which has shape {at.shape}, so its "
+        f"components cannot be told; use an optimizer whose moments are not factored"
+    )
 
 
 class _Dropped:
@@ -117,7 +115,7 @@ def host(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in jax.device_get(dict(tree)).items()}
 
 
-def like(value: np.ndarray, leaf: Any) -> jax.Array:
-    """Put a host array where `leaf` lies, in its dtype."""
-    value = np.ascontiguousarray(value, leaf.dtype)
-    return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else jax.numpy.asarray(value)
+def like(value: Any, leaf: Any) -> jax.Array:
+    """Put an array where `leaf` lies, in its dtype."""
+    value = jax.numpy.asarray(value, leaf.dtype)
+    return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value

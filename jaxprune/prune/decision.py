@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
@@ -41,14 +40,14 @@ def apply(
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Carry a decision out: mask what dies, and zero its values and moments.
 
-    Everything stays in its shape and, but for the masks, where it is, so no training step is compiled again.
+    Everything stays in its shape and where it is, so no training step is compiled again; the host sees masks alone.
 
     Args:
       decision: from a method's `decide`.
       adapters: {path: adapter}.
       masks: {path: mask}.
       opt_state: the state of `optimizer`.
-      optimizer: any Optax chain whose moments have the shape of what they belong to.
+      optimizer: the chain that made it; its moments must have the shape of what they belong to.
 
     Raises:
       UsageError: the decision names an unknown site, has a mask of another shape, or revives a dead component.
@@ -76,13 +75,11 @@ def apply(
         return zero_components(leaf, new_masks[place.path], place.axis)
 
     new_masks = {path: like(after[path], mask) if path in changed else mask for path, mask in masks.items()}
-    # What was computed with Python numbers is weakly typed, for which the next step would be compiled again.
-    better = jax.tree.map(lambda leaf: like(np.asarray(leaf), leaf), dict(decision.adapters))
-    moments = map_moments(zero, opt_state, adapters, optimizer)
+    moments = map_moments(zero, opt_state, adapters)
     rescaled = {
         path: dataclasses.replace(adapter, scale=adapter.scale * decision.scales[path])
         if path in decision.scales
         else adapter
-        for path, adapter in {**adapters, **better}.items()
+        for path, adapter in {**adapters, **decision.adapters}.items()
     }
     return map_adapters(zero, rescaled), new_masks, rebuild(moments, rescaled, optimizer)
