@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import settings_file
 from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
 from experiments.cli import parse
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig, total_steps
@@ -36,6 +37,7 @@ from jaxprune.allocate import Plan
 from jaxprune.attach import attach
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError, reason
+from jaxprune.files import write_whole
 from jaxprune.models import Pretrained, load_classifier
 from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
@@ -65,7 +67,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
     _introduce(config)
     for name in config.idle():
         print(f"note       --{name} has no effect with --method {config.method}")
-    config = config.resolve()
+    given, config = config, config.resolve()
     assert config.task and config.model and config.output_dir
     with Folder(config.output_dir, MADE) as folder:
         inputs = {"--model": Path(config.model), "--data-dir": config.data_dir}
@@ -77,11 +79,19 @@ def run(config: GlueConfig) -> dict[str, Any]:
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
         if config.resume and (summary := _finished(config, folder)):
             return summary
-        return _run(config, get_task(config.task), folder, checkpoints, _look_back(config, checkpoints), clock)
+        settings = settings_file.written(given, config)
+        kept = _look_back(config, checkpoints)
+        return _run(config, settings, get_task(config.task), folder, checkpoints, kept, clock)
 
 
 def _run(
-    config: GlueConfig, task: Task, folder: Folder, checkpoints: Checkpoints, kept: dict[str, Any] | None, clock: Clock
+    config: GlueConfig,
+    settings: bytes,
+    task: Task,
+    folder: Folder,
+    checkpoints: Checkpoints,
+    kept: dict[str, Any] | None,
+    clock: Clock,
 ) -> dict[str, Any]:
     assert config.model
     use_compilation_cache()
@@ -133,6 +143,7 @@ def _run(
         rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
         print(f"resumed    after step {int(state.step)} of {steps}, from {checkpoints.folder}")
+    write_whole(folder.own("config.yaml"), settings)
     head_params = trained(state.adapters, state.masks, head=True)
     print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
 

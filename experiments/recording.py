@@ -28,8 +28,8 @@ from jaxprune.train import NonFiniteError, TrainState
 
 # What a run may leave in its folder.
 MADE = (
-    "summary.json", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html", "adapter/", "model/",
-    "checkpoints/", "tensorboard/",
+    "summary.json", "config.yaml", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html",
+    "adapter/", "model/", "checkpoints/", "tensorboard/",
 )  # fmt: skip
 
 
