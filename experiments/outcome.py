@@ -10,12 +10,14 @@ import jax
 
 from experiments.card import card
 from experiments.config import GlueConfig
+from experiments.console import say
+from experiments.device import device
 from experiments.folder import Folder
 from experiments.pruning import Pruner, final_ranks
-from experiments.recording import MADE, Clock, Recorder, versions
+from experiments.recording import MADE, Clock, Recorder, trained, versions
 from experiments.tasks import Task
 from jaxprune import report
-from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, Masks, Weight, count, merge
+from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, Weight, merge
 from jaxprune.methods import Method
 from jaxprune.models import EncoderConfig, Pretrained, save_classifier
 from jaxprune.models.save import tokenizer_files
@@ -63,6 +65,7 @@ class Finished(NamedTuple):
 
 def write(run: Finished) -> dict[str, Any]:
     """Write everything, print the end of the run, and return what `summary.json` holds."""
+    say("writing", f"what was trained, pictures and report, to {run.folder.path}/")
     folder, plan, events = run.folder, run.kept["plan"], run.pruner.events
     ranks = final_ranks(run.state.masks, run.sites) if plan else run.kept["ranks"]
     summary = {
@@ -72,7 +75,7 @@ def write(run: Finished) -> dict[str, Any]:
         "head_params": trained(run.state.adapters, run.state.masks, head=True),
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
-        "steps": int(run.state.step), "events": events,
+        "steps": int(run.state.step), "events": events, "device": device(),
     }  # fmt: skip
     if plan and plan["gap"] is not None:
         summary["allocation"] = plan
@@ -91,11 +94,6 @@ def write(run: Finished) -> dict[str, Any]:
     report.write_page(folder.path)
     _conclude(summary, folder.path, saved)
     return summary
-
-
-def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
-    """Count the trained parameters of the adapters, or those of the head."""
-    return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
 
 
 def _save(run: Finished) -> Saved:
@@ -152,24 +150,24 @@ def _conclude(summary: dict[str, Any], folder: Path, saved: Saved) -> None:
     best, seconds = f" (best {summary['best_score']:.2f})", summary["seconds"]
     metrics = {summary["metric"]: summary["score"], **summary["metrics"]}
     scores = (f"{name} {value:.2f}{best if name == summary['metric'] else ''}" for name, value in metrics.items())
-    print(f"\nscore      {'; '.join(scores)}")
+    say("score", "; ".join(scores))
     events = summary["events"]
     if "model_params" in summary:
         kept = (f"{kind} {100 * part['kept'] / part['of']:.0f} %" for kind, part in events[-1]["channels"].items())
-        print(
-            f"pruned     the model from {summary['model_params_at_start']:,} to {summary['model_params']:,} parameters; "
-            f"channels kept: {', '.join(kept)}"
+        say(
+            "pruned",
+            f"the model from {summary['model_params_at_start']:,} to {summary['model_params']:,} parameters; "
+            f"channels kept: {', '.join(kept)}",
         )
     elif events:
         compactions, plural = sum(event["compacted"] for event in events), "" if len(events) == 1 else "s"
-        print(
-            f"pruned     {summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
-            f"{len(events)} event{plural}, {compactions} of them compacted"
+        say(
+            "pruned",
+            f"{summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
+            f"{len(events)} event{plural}, {compactions} of them compacted",
         )
-    spent = ", ".join(f"{said} {seconds[name]:.1f}" for name, said in _SPENT.items() if seconds[name] >= 0.05)
-    print(
-        f"time       {seconds['total']:.1f} s: {spent}\n"
-        f"files      {folder}/: {', '.join(name for name in MADE if (folder / name).exists())}\n"
-        f"next       open {folder}/report.html; jp.load_run({str(folder)!r}).predict(...)\n"
-        f"           {folder}/{saved.name}: {saved.use}"
-    )
+    spent = ", ".join(f"{name} {seconds[kind]:.1f}" for kind, name in _SPENT.items() if seconds[kind] >= 0.05)
+    say("time", f"{seconds['total']:.1f} s: {spent}")
+    say("files", f"{folder}/: {', '.join(name for name in MADE if (folder / name).exists())}")
+    say("next", f"open {folder}/report.html, or predict with jp.load_run({str(folder)!r})")
+    say(f"{saved.name}/", saved.use)
