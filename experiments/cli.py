@@ -8,21 +8,33 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
 
+from experiments import settings_file
 from experiments.stopping import Stopped
-from jaxprune.errors import UsageError
+from jaxprune.errors import UsageError, shown
 from jaxprune.train import NonFiniteError
 
 T = TypeVar("T")
 
 
 def parse(config: type[T], arguments: Sequence[str], program: str) -> T:
-    """Parse flags into `config`; tyro's boxed complaints become one `UsageError` line."""
+    """Parse flags into `config`, those of the YAML file that `--config` names too; tyro's boxes become one `UsageError` line."""
     parsed, _ = _parse(config, arguments, program, others=False)
-    return parsed
+    path = getattr(parsed, "config", None)
+    if path is None:
+        return parsed
+    from_file = settings_file.flags(str(path), config, arguments)
+    try:
+        parsed, _ = _parse(config, [*from_file, *arguments], program, others=False)
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; with {shown(str(path))} these flags were added: {shown(' '.join(from_file))}"
+        ) from None
+    return replace(parsed, config=None)  # pyright: ignore[reportArgumentType]
 
 
 def parse_known(config: type[T], arguments: Sequence[str], program: str) -> tuple[T, list[str]]:

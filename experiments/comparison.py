@@ -7,19 +7,23 @@ are read, not run again, and broken-off ones go on, so the command can be repeat
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
 
 import numpy as np
 
 from experiments.cli import parse, parse_known
 from experiments.config import Folder as GivenFolder
 from experiments.config import GlueConfig
+from experiments.console import say
 from experiments.data import find_files
 from experiments.folder import Folder
 from experiments.stopping import Stop, Stopped, before_end
@@ -28,8 +32,11 @@ from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole
 from jaxprune.models.hub import resolve
 from jaxprune.report.figure import write_figure
+from jaxprune.report.page import duration
 
 PROGRAM = "experiments.compare"
+# The first words of the lines of a run that are shown while it goes.
+_PROGRESS = ("loading", "planning", "compiling", "evaluating", "pruning", "step", "writing")
 # What the table takes from a summary.
 _READ = ("metric", "score", "best_score", "adapter_params", "seconds", "steps", "config")
 METHODS: tuple[str, ...] = get_args(get_type_hints(GlueConfig)["method"])
@@ -84,18 +91,30 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
         folder.begin(clear=False)
         summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
         failures = []
-        for one in wanted:
+        start = time.monotonic()
+        for number, one in enumerate(wanted, 1):
+            run = f"run {number} of {len(wanted)}: {one.task} with {one.method} and seed {one.seed}"
             try:
-                summaries.setdefault((one.task, one.method), []).append(_summary(one, folder))
+                summary = _summary(one, folder, run)
             except RunError as error:
                 failures.append(f"{one.task} with {one.method} and seed {one.seed}: {error}")
+                say("failed", str(error))
+                continue
+            summaries.setdefault((one.task, one.method), []).append(summary)
+            say(
+                "score",
+                f"{summary['metric']} {summary['score']:.2f} (best {summary['best_score']:.2f}), "
+                f"{summary['adapter_params']:,} adapter parameters, in {duration(summary['seconds']['total'])}; "
+                f"{duration(time.monotonic() - start)} so far",
+            )
         rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
         if not rows:
             raise RunError("; ".join(failures))
         text = table(rows)
         write_whole(folder.own("table.md"), text.encode())
         plot(rows, folder.own("compare.png"))
-        print(f"{text}\nfiles      {config.output_dir}/: table.md, compare.png, logs/, and a folder for every run")
+        print(f"\n{text}")
+        say("files", f"{config.output_dir}/: table.md, compare.png, logs/, and a folder for every run")
         if failures:
             raise RunError(f"{len(failures)} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
         return rows
@@ -132,24 +151,28 @@ def _read(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def _summary(run: Run, folder: Folder) -> dict[str, Any]:
+def _summary(run: Run, folder: Folder, named: str) -> dict[str, Any]:
     """Return what a run left behind, after running it where it has not ended."""
-    if (summary := _read(run.folder)) is None:
-        glue = ["-m", "experiments.glue", *run.flags, "--resume", "--output-dir", str(run.folder)]
-        print(f"running    python {shlex.join(glue)}", flush=True)
-        log = folder.own("logs") / f"{run.folder.name}.txt"
-        log.parent.mkdir(exist_ok=True)
-        status = _run_and_log(glue, log)
-        summary = None if status else _read(run.folder)
-        if summary is None:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RunError(f"status {status}, {' '.join(last)}")
+    if (summary := _read(run.folder)) is not None:
+        say("finished", named)
+        return summary
+    glue = ["-m", "experiments.glue", *run.flags, "--resume", "--output-dir", str(run.folder)]
+    log = folder.own("logs") / f"{run.folder.name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    say("running", f"{named}; all that it prints is in {log}")
+    status = _run_and_log(glue, log)
+    summary = None if status else _read(run.folder)
+    if summary is None:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise RunError(f"status {status}, {' '.join(last)}")
     return summary
 
 
 def _run_and_log(glue: Sequence[str], log: Path) -> int:
-    """Run a command; a signal is passed on to it, so that it saves what it has, and ends the comparison after it."""
-    with open(log, "a") as file:
+    """Run a command and show what it is at; a signal is passed on, so that it saves what it has, and ends the comparison."""
+    with open(log, "a") as file, open(log, errors="replace") as written:
+        print(f"$ python {shlex.join(glue)}", file=file, flush=True)
+        written.seek(0, os.SEEK_END)
         # A process group of its own: a Ctrl-C reaches it through this process alone, once.
         process = subprocess.Popen(
             [sys.executable, *glue], stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
@@ -159,10 +182,27 @@ def _run_and_log(glue: Sequence[str], log: Path) -> int:
             before_end(process.kill),
             Stop("stopping the run, which saves what it has first", process.send_signal) as stop,
         ):
-            status = process.wait()
+            while (status := _ended(process)) is None:
+                _show(written)
+        _show(written)
     if stop():
         raise Stopped(stop.signal, f"in {shlex.join(glue[-2:])}; the same command goes on from there")
     return status
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the status of a process, None where it has not ended within half a second."""
+    try:
+        return process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _show(written: TextIO) -> None:
+    """Print the lines that a run has added to its log since the last time and that say what it is at."""
+    for line in written.read().splitlines():
+        if re.match(rf"({'|'.join(_PROGRESS)}) ", line):
+            print(f"  {line}", flush=True)
 
 
 def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

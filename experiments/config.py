@@ -130,7 +130,7 @@ Some = Annotated[Whole, Range(1)]
 class GlueConfig:
     """Fine-tune an encoder on a GLUE task and let the method decide where rank is worth its cost.
 
-    A flag wins over --preset, and a preset over the default in brackets.
+    A flag wins over --config and --preset, and a preset over the default in brackets.
     """
 
     method: Literal[
@@ -165,6 +165,8 @@ class GlueConfig:
     preset: Text = None
     """the papers' settings for method and task: paper (tables 9 to 11), efficiency (tables 12 to 14) or released (of DPLoRA's
     released code)"""
+    config: Annotated[Folder, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """YAML file of settings, such as config.yaml in the folder of a run; flags beside it win"""
     rank: Annotated[Whole, Range(1, MOST_RANK)] = None
     """components at every site [8]; oplora, dplora: the most that a site may get [16]; adalora: the target, of 1.5 times as
     many [8]; prunedlora: before pruning to half as many [16]; vera: of the shared pair [256]"""
@@ -262,6 +264,10 @@ class GlueConfig:
         Raises:
           UsageError: a value is out of range, or the preset does not fit.
         """
+        if self.config is not None:
+            raise UsageError(
+                f"config {shown(str(self.config))} is for the command line; experiments.cli.parse reads it"
+            )
         for name, kind in _kinds().items():
             _check_flag(name, getattr(self, name), kind)
         self.target_patterns()
@@ -375,7 +381,7 @@ def _check_flag(name: str, value: Any, kind: Any) -> None:
     if name == "set":
         if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
             raise UsageError(f"--set {shown(value)} cannot be used; expected NAME=VALUE texts")
-    elif name in ("output_dir", "data_dir"):
+    elif name in ("output_dir", "data_dir", "config"):
         if value is not None:
             _check_path(flag, value)
     else:

@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import settings_file
 from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
 from experiments.cli import parse
-from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, GlueConfig, total_steps
+from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
+from experiments.console import Waits, said, say
 from experiments.data import load_task
+from experiments.device import device, idle_accelerator
 from experiments.folder import Folder
-from experiments.outcome import Finished, trained, write
+from experiments.outcome import Finished, write
 from experiments.packing import Batches, evaluation_batches, single_example_batches
 from experiments.pruning import Pruner
-from experiments.recording import MADE, Clock, Recorder, rewind
+from experiments.recording import MADE, Clock, Recorder, rewind, trained
 from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
 from experiments.tokens import check_ids, encode
@@ -36,6 +39,7 @@ from jaxprune.allocate import Plan
 from jaxprune.attach import attach
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError, reason
+from jaxprune.files import write_whole
 from jaxprune.models import Pretrained, load_classifier
 from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
@@ -64,8 +68,8 @@ def run(config: GlueConfig) -> dict[str, Any]:
     clock = Clock()
     _introduce(config)
     for name in config.idle():
-        print(f"note       --{name} has no effect with --method {config.method}")
-    config = config.resolve()
+        say("note", f"--{name} has no effect with --method {config.method}")
+    given, config = config, config.resolve()
     assert config.task and config.model and config.output_dir
     with Folder(config.output_dir, MADE) as folder:
         inputs = {"--model": Path(config.model), "--data-dir": config.data_dir}
@@ -77,14 +81,27 @@ def run(config: GlueConfig) -> dict[str, Any]:
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
         if config.resume and (summary := _finished(config, folder)):
             return summary
-        return _run(config, get_task(config.task), folder, checkpoints, _look_back(config, checkpoints), clock)
+        settings = settings_file.written(given, config)
+        kept = _look_back(config, checkpoints)
+        return _run(config, settings, get_task(config.task), folder, checkpoints, kept, clock)
 
 
 def _run(
-    config: GlueConfig, task: Task, folder: Folder, checkpoints: Checkpoints, kept: dict[str, Any] | None, clock: Clock
+    config: GlueConfig,
+    settings: bytes,
+    task: Task,
+    folder: Folder,
+    checkpoints: Checkpoints,
+    kept: dict[str, Any] | None,
+    clock: Clock,
 ) -> dict[str, Any]:
     assert config.model
+    say("device", device())
+    if idle := idle_accelerator(jax.default_backend()):
+        say("WARNING", idle)
     use_compilation_cache()
+    waits = Waits()
+    say("loading", config.model)
     model = load_classifier(
         config.model,
         num_labels=task.num_labels,
@@ -92,14 +109,14 @@ def _run(
         dtype=jnp.dtype(config.dtype),
         seed=config.seed,
     )
-    print(
-        f"model      {config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}"
-    )
+    say("model", f"{config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
     sites = find_sites(model.params, config.target_patterns())
+    say("loading", f"{task.name}: rows and their tokens")
     data = load_data(config, task, model)
-    print(
-        f"data       {task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
-        f"{data.train.tokens_per_real_token:.2f} tokens computed per real token"
+    say(
+        "data",
+        f"{task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
+        f"{data.train.tokens_per_real_token:.2f} tokens computed per real token",
     )
     steps = total_steps(config, data.train.steps_per_epoch)
     check_sites(sites, method_settings(config, steps, model.config))
@@ -110,6 +127,7 @@ def _run(
     context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
 
     if kept is None:
+        say("planning", _planning(config, sites, data))
         with clock.timing("allocate"):
             start = method.start(context)
         adapters = with_head(dict(start.adapters), model.params, config.train_head)
@@ -122,19 +140,23 @@ def _run(
         }  # fmt: skip
         params, initial = _changed(start, model)
         if start.plan is not None:
-            print(f"plan       {start.plan.status}\n\n{start.plan.table()}\n")
+            say("plan", start.plan.status)
+            print(f"\n{start.plan.table()}\n")
         folder.begin(clear=True)
         if start.plan is not None:
             _picture(kept, config, sites, folder)
     else:
+        if kept["changes_params"]:
+            say("planning", _planning(config, sites, data))
         params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
         state = checkpoints.restore(optimizer, method, sites)
         folder.begin(clear=False)
         rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
-        print(f"resumed    after step {int(state.step)} of {steps}, from {checkpoints.folder}")
+        say("resumed", f"after step {int(state.step)} of {steps}, from {checkpoints.folder}")
+    write_whole(folder.own("config.yaml"), settings)
     head_params = trained(state.adapters, state.masks, head=True)
-    print(f"trained    {kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
+    say("trained", f"{kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
 
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
     recorder = Recorder(
@@ -168,14 +190,23 @@ def _run(
             checkpoints.save(state, known, method=method, score=score)
 
     def pause(number: int, state: TrainState) -> tuple[TrainState, str]:
+        found, loss = [], recorder.loss_so_far()
         if method.triggers(number):
-            state = pruner.after(number, state)
-        note = recorder.evaluate(number, state) if evaluated(number) else ""
+            known = len(pruner.events)
+            with waits.announced("pruning", f"after step {number:,}: measuring, deciding, and removing"):
+                state = pruner.after(number, state)
+            found += [_event(event) for event in pruner.events[known:]]
+        if evaluated(number):
+            with waits.announced("evaluating", f"on {' and '.join(task.validation)}"):
+                found.append(recorder.evaluate(number, state))
         if number < steps and saved(number):
             save(state)
-        return state, note
+        if found:
+            found[-1] += loss
+        return state, "\n".join(said(f"step {number:,}", text) for text in found)
 
     pruner.begin(int(state.step))
+    say("compiling", f"the training step; {steps - int(state.step):,} steps follow")
     with checkpoints, Stop("stopping after this step, with everything saved") as stop:
         with clock.timing("train"):
             state = fit(
@@ -206,11 +237,11 @@ def _finished(config: GlueConfig, folder: Folder) -> dict[str, Any] | None:
         summary = json.loads(path.read_bytes())
         changes = config.differences(summary["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        print(f"note       {path} is damaged; it is made again from the last checkpoint")
+        say("note", f"{path} is damaged; it is made again from the last checkpoint")
         return None
     if changes:
         raise _other_settings(config, changes)
-    print(f"finished   {folder.path}/ holds a finished run; nothing is left to resume")
+    say("finished", f"{folder.path}/ holds a finished run; nothing is left to resume")
     if not (folder.path / "report.html").exists():
         folder.own("report.html")
         report.write_page(folder.path)
@@ -222,7 +253,7 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
     if not config.resume:
         return None
     if checkpoints.latest() is None:
-        print(f"note       nothing to resume in {checkpoints.folder}; the run begins")
+        say("note", f"nothing to resume in {checkpoints.folder}; the run begins")
         return None
     kept = checkpoints.extra()
     if changes := config.differences(kept["config"]):
@@ -299,7 +330,7 @@ def use_compilation_cache() -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"note       compiled programs are not kept for the next run: {root} ({reason(error)})")
+        say("note", f"compiled programs are not kept for the next run: {root} ({reason(error)})")
         return
     # A full disk costs the next run its time, and nothing else.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
@@ -308,10 +339,11 @@ def use_compilation_cache() -> None:
 
 def _introduce(config: GlueConfig) -> None:
     if config.model is None and config.task is None:
-        print(
-            f"No --model and no --task: fine-tuning {DEFAULT_MODEL} on the built-in task {DEFAULT_TASK!r} (is a sentence "
-            f"good English?).\nThe paper's setting: python -m experiments.glue --method oplora --model "
-            f"FacebookAI/roberta-base --task mrpc --preset paper"
+        say(
+            "default",
+            f"no --model and no --task: fine-tuning {DEFAULT_MODEL} on the built-in task {DEFAULT_TASK} (is a sentence good "
+            f"English?); the paper's setting: python -m experiments.glue --method oplora --model FacebookAI/roberta-base "
+            f"--task mrpc --preset paper",
         )
 
 
@@ -343,6 +375,22 @@ def _said(plan: Plan | None) -> dict[str, Any] | None:
     names = ("budget", "solver", "status", "objective", "gap", "seconds", "time")
     said = {name: getattr(plan, name) for name in names}
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in said.items()}
+
+
+def _planning(config: GlueConfig, sites: Sequence[Site], data: Data) -> str:
+    """Say what is done before training begins."""
+    if config.method not in USES["budget"]:
+        return f"{config.method} on {len(sites)} kernels"
+    if config.score == "weight":
+        return f"scoring {len(sites)} kernels by their weights, then solving for their ranks"
+    rows = f"{len(data.scoring)} batches" if config.score != "squared" else f"{len(data.samples[0]['labels'])} samples"
+    return f"scoring {len(sites)} kernels on {rows}, then solving for their ranks"
+
+
+def _event(event: dict[str, Any]) -> str:
+    """Say what a pruning event did."""
+    said = f"pruned from {event['params_before']:,} to {event['params_after']:,} adapter parameters"
+    return said + (", and compacted" if event["compacted"] else "")
 
 
 def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], folder: Folder) -> None:

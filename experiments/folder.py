@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.console import say
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_json
 
@@ -215,7 +216,7 @@ class Folder:
         except OSError:
             # Some network file systems have no locks.
             os.close(lock)
-            print(f"note       the file system of {self.path} has no locks: start no second {self._kind} there")
+            say("note", f"the file system of {self.path} has no locks: start no second {self._kind} there")
             return
         self._lock = lock
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"

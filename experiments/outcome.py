@@ -1,39 +1,44 @@
-"""What a finished run leaves behind: summary, pictures, report, and the adapter or the smaller model."""
+"""What a finished run leaves behind: summary, pictures, report, and what was trained in a form that loads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments.config import STAGED, GlueConfig
+from experiments.card import card
+from experiments.config import GlueConfig
+from experiments.console import say
+from experiments.device import device
 from experiments.folder import Folder
 from experiments.pruning import Pruner, final_ranks
-from experiments.recording import Clock, Recorder, versions
+from experiments.recording import MADE, Clock, Recorder, trained, versions
 from experiments.tasks import Task
 from jaxprune import report
-from jaxprune.adapters import Adapters, Masks, count, merge
+from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, Weight, merge
 from jaxprune.methods import Method
-from jaxprune.models import Pretrained, save_classifier
-from jaxprune.peft import save_peft
+from jaxprune.models import EncoderConfig, Pretrained, save_classifier
+from jaxprune.models.save import tokenizer_files
+from jaxprune.peft import save_adapters, save_peft
 from jaxprune.prune import extract
-from jaxprune.sites import Site
+from jaxprune.runs import PREDICT, Reading
+from jaxprune.sites import Site, flatten
 from jaxprune.train import TrainState
 
-# What the PEFT LoRA format cannot express.
-_NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer")
 _SPENT = {
     "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning", "eval": "evaluating",
     "save": "saving",
 }  # fmt: skip
-# What is saved beside the summary, as the last lines name it, and what it is good for.
-_SAVED = {
-    "adapter": ("adapter/, ", ", or load {}/adapter with PeftModel.from_pretrained or jp.load_peft"),
-    "model": ("model/, ", "; {}/model is the smaller model, without the masked channels: give it to --model"),
-    "": ("", ""),
-}
+
+
+class Saved(NamedTuple):
+    """What was trained, as a folder: its name, what it is for, and the sizes of a model that was pruned."""
+
+    name: str
+    use: str
+    sizes: Mapping[str, int] = {}
 
 
 class Finished(NamedTuple):
@@ -60,6 +65,7 @@ class Finished(NamedTuple):
 
 def write(run: Finished) -> dict[str, Any]:
     """Write everything, print the end of the run, and return what `summary.json` holds."""
+    say("writing", f"what was trained, pictures and report, to {run.folder.path}/")
     folder, plan, events = run.folder, run.kept["plan"], run.pruner.events
     ranks = final_ranks(run.state.masks, run.sites) if plan else run.kept["ranks"]
     summary = {
@@ -69,7 +75,7 @@ def write(run: Finished) -> dict[str, Any]:
         "head_params": trained(run.state.adapters, run.state.masks, head=True),
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
-        "steps": int(run.state.step), "events": events,
+        "steps": int(run.state.step), "events": events, "device": device(),
     }  # fmt: skip
     if plan and plan["gap"] is not None:
         summary["allocation"] = plan
@@ -81,8 +87,8 @@ def write(run: Finished) -> dict[str, Any]:
             budget=events[-1].get("budget"),
         )  # fmt: skip
         report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder.own("ranks_after.png"), title=title)
-    saved, sizes = _save(run)
-    summary |= {**sizes, "seconds": run.clock.total(), "versions": versions(), "config": run.config.plain()}
+    saved = _save(run)
+    summary |= {**saved.sizes, "seconds": run.clock.total(), "versions": versions(), "config": run.config.plain()}
     report.write_json(folder.own("summary.json"), summary)
     folder.own("report.html")
     report.write_page(folder.path)
@@ -90,54 +96,78 @@ def write(run: Finished) -> dict[str, Any]:
     return summary
 
 
-def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
-    """Count the trained parameters of the adapters, or those of the head."""
-    return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
-
-
-def _save(run: Finished) -> tuple[str, dict[str, int]]:
-    """Save what was trained; return the name of its folder, if any, and the sizes of a model that was pruned."""
+def _save(run: Finished) -> Saved:
+    """Save what was trained: as PEFT's LoRA where it is one, else merged into a checkpoint, else in a format of our own."""
     folder, model = run.folder, run.model
     adapters, masks = run.method.seen(run.state.adapters, run.state.masks)
-    if run.config.method in STAGED:
+    # What the checkpoint lacked was drawn at random: no one could load it again.
+    leaves = flatten(model.params)
+    drawn = {path: Weight(leaves[path]) for path in model.initialised}
+    adapters = {**drawn, **adapters}
+    at_sites = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, Weight)}
+    if any(isinstance(adapter, MaskedDora) for adapter in at_sites.values()):
         small = extract(model.config, model.params, adapters, masks)
         params = merge(small.params, small.adapters, masks)
-        save_classifier(folder.own("model"), small.config, params, tokenizer=model.folder)
-        folder.complete("model")
+        _save_model(run, small.config, params, None)
         before, after = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model.params, params))
-        return "model", {"model_params_at_start": before, "model_params": after}
-    if run.config.method in _NO_LORA:
-        return "", {}
+        sizes = {"model_params_at_start": before, "model_params": after}
+        return Saved("model", "it is the smaller model, without the masked channels: give it to --model", sizes)
+    if not at_sites:
+        _save_model(run, model.config, merge(model.params, adapters, masks), "transformers")
+        return Saved("model", "give it to --model or to AutoModelForSequenceClassification.from_pretrained")
+    tokenizer = {path.name: path.read_bytes() for path in tokenizer_files(model.folder)}
+    if any(isinstance(adapter, Bottleneck) for adapter in at_sites.values()):
+        beside = {**tokenizer, **_about(run, run.config.model, None)}
+        save_adapters(adapters, masks, folder.own("adapter"), beside=beside)
+        folder.complete("adapter")
+        return Saved("adapter", "PEFT has no format for it; jp.load_adapters reads it")
     save_peft(
-        adapters, masks, folder.own("adapter"),
-        torch_paths=model.torch_paths, params=model.params, base_model=run.config.model, initial=run.initial,
+        adapters, masks, folder.own("adapter"), torch_paths=model.torch_paths, params=model.params,
+        base_model=run.config.model, initial=run.initial, beside={**tokenizer, **_about(run, run.config.model, "peft")},
     )  # fmt: skip
     folder.complete("adapter")
-    return "adapter", {}
+    return Saved("adapter", "give it to PeftModel.from_pretrained or jp.load_peft")
 
 
-def _conclude(summary: dict[str, Any], folder: Path, saved: str) -> None:
+def _save_model(run: Finished, config: EncoderConfig, params: Any, library: str | None) -> None:
+    """Save a checkpoint that needs no other."""
+    save_classifier(
+        run.folder.own("model"), config, params, tokenizer=run.model.folder, labels=run.task.labels,
+        beside=_about(run, None, library),
+    )  # fmt: skip
+    run.folder.complete("model")
+
+
+def _about(run: Finished, base_model: str | None, library: str | None) -> dict[str, bytes]:
+    """Return the files that say what the folder beside them predicts, for `load_run` and for people."""
+    config, task = run.config, run.task
+    assert config.max_length
+    reading = Reading(base_model, task.texts, task.labels, config.max_length, config.dtype)
+    return {PREDICT: reading.content(), **card(config, task, run.recorder.last, library=library)}
+
+
+def _conclude(summary: dict[str, Any], folder: Path, saved: Saved) -> None:
     best, seconds = f" (best {summary['best_score']:.2f})", summary["seconds"]
     metrics = {summary["metric"]: summary["score"], **summary["metrics"]}
     scores = (f"{name} {value:.2f}{best if name == summary['metric'] else ''}" for name, value in metrics.items())
-    print(f"\nscore      {'; '.join(scores)}")
+    say("score", "; ".join(scores))
     events = summary["events"]
     if "model_params" in summary:
         kept = (f"{kind} {100 * part['kept'] / part['of']:.0f} %" for kind, part in events[-1]["channels"].items())
-        print(
-            f"pruned     the model from {summary['model_params_at_start']:,} to {summary['model_params']:,} parameters; "
-            f"channels kept: {', '.join(kept)}"
+        say(
+            "pruned",
+            f"the model from {summary['model_params_at_start']:,} to {summary['model_params']:,} parameters; "
+            f"channels kept: {', '.join(kept)}",
         )
     elif events:
         compactions, plural = sum(event["compacted"] for event in events), "" if len(events) == 1 else "s"
-        print(
-            f"pruned     {summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
-            f"{len(events)} event{plural}, {compactions} of them compacted"
+        say(
+            "pruned",
+            f"{summary['adapter_params_at_start']:,} to {summary['adapter_params']:,} adapter parameters in "
+            f"{len(events)} event{plural}, {compactions} of them compacted",
         )
-    spent = ", ".join(f"{said} {seconds[name]:.1f}" for name, said in _SPENT.items() if seconds[name] >= 0.05)
-    made, use = _SAVED[saved]
-    print(
-        f"time       {seconds['total']:.1f} s: {spent}\n"
-        f"files      {folder}/: report.html, summary.json, metrics.jsonl, checkpoints/, {made}pictures\n"
-        f"next       open {folder}/report.html{use.format(folder)}"
-    )
+    spent = ", ".join(f"{name} {seconds[kind]:.1f}" for kind, name in _SPENT.items() if seconds[kind] >= 0.05)
+    say("time", f"{seconds['total']:.1f} s: {spent}")
+    say("files", f"{folder}/: {', '.join(name for name in MADE if (folder / name).exists())}")
+    say("next", f"open {folder}/report.html, or predict with jp.load_run({str(folder)!r})")
+    say(f"{saved.name}/", saved.use)

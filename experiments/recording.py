@@ -22,14 +22,15 @@ from experiments.metrics import compute
 from experiments.packing import Batches
 from experiments.tasks import Task
 from jaxprune import report
+from jaxprune.adapters import Adapters, Masks, count
 from jaxprune.files import write_whole
 from jaxprune.methods import Method
 from jaxprune.train import NonFiniteError, TrainState
 
 # What a run may leave in its folder.
 MADE = (
-    "summary.json", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html", "adapter/", "model/",
-    "checkpoints/", "tensorboard/",
+    "summary.json", "config.yaml", "metrics.jsonl", "ranks.png", "ranks_after.png", "pruning.png", "report.html",
+    "adapter/", "model/", "checkpoints/", "tensorboard/",
 )  # fmt: skip
 
 
@@ -109,17 +110,20 @@ class Recorder:
         self._params, self._predict, self._method = params, predict, method
         self._schedule, self._clock = schedule, clock
         self._board = _tensorboard(folder.own("tensorboard")) if config.tensorboard else None
+        self._losses: list[float] = []  # of the steps since the last note
+        self._loss: float | None = None  # their mean at the last note
         self.last: dict[str, float] = (kept or {}).get("last", {})
         self.best: float = (kept or {}).get("best", -math.inf)
 
     def log(self, number: int, metrics: dict[str, float]) -> None:
         """Write a training line every `log_steps` steps."""
+        self._losses.append(metrics["loss"])
         if number % self._every == 0:
             rate = float(self._schedule(number - 1))
             self._write(number, {**metrics, "learning_rate": rate})
 
     def evaluate(self, number: int, state: TrainState) -> str:
-        """Evaluate every validation split, write a line each, and return the score for the progress bar."""
+        """Evaluate every validation split, write a line each, and return what there is to say of it."""
         with self._clock.timing("eval"):
             adapters, masks = self._method.seen(state.adapters, state.masks)
             for split, batches in self._validation.items():
@@ -137,7 +141,16 @@ class Recorder:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
         score = self.last[self._task.metric]
         self.best = max(self.best, score)
-        return f"{self._task.metric} {score:.1f}"
+        parameters = trained(state.adapters, state.masks)
+        return f"{self._task.metric} {score:.2f} (best {self.best:.2f}), {parameters:,} adapter parameters"
+
+    def loss_so_far(self) -> str:
+        """Return the mean training loss of the steps since this was last asked for, and how it has changed."""
+        if not self._losses:
+            return ""
+        before, self._loss = self._loss, sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        return f", loss {self._loss:.4f}" + ("" if before is None else f" ({self._loss - before:+.4f})")
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of the evaluations on the first validation split so far, those before a resume too."""
@@ -159,6 +172,11 @@ class Recorder:
             for name, value in values.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
+
+
+def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
+    """Count the trained parameters of the adapters, or those of the head."""
+    return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
 
 
 def versions() -> dict[str, str]:

@@ -38,11 +38,19 @@ def start(program: str, target: str) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # transformers otherwise advises, on every start, to install PyTorch for models that are not used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # In a terminal alone, where it goes away again.
+    if waiting := sys.stderr.isatty():
+        sys.stderr.write("importing the libraries ...")
+        sys.stderr.flush()
     from experiments.cli import main
 
     def run(arguments: list[str]) -> None:
         module, _, name = target.partition(":")
-        getattr(importlib.import_module(module), name)(arguments)
+        function = getattr(importlib.import_module(module), name)
+        if waiting:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+        function(arguments)
 
     main(run, program)
 

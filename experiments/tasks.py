@@ -14,20 +14,28 @@ class Task:
     Args:
         name: the name on the command line, which is also the Hub's configuration name.
         texts: the one or two text columns, in the order in which the tokenizer takes them.
-        num_labels: number of classes; 1 for regression.
+        labels: the name of each class, as the Hub has them; none for regression.
         metrics: everything `metrics.compute` reports; the first is the score.
         validation: validation splits; the score is taken on the first.
-        regression: whether the label is a real number.
         hub: dataset on the Hugging Face Hub, or None for a built-in task.
     """
 
     name: str
     texts: tuple[str, ...]
-    num_labels: int = 2
+    labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     validation: tuple[str, ...] = ("validation",)
-    regression: bool = False
     hub: str | None = "nyu-mll/glue"
+
+    @property
+    def regression(self) -> bool:
+        """Say whether the label is a real number."""
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Return the number of classes; 1 for regression."""
+        return len(self.labels) or 1
 
     @property
     def metric(self) -> str:
@@ -42,24 +50,27 @@ class Task:
 
 _SENTENCE_PAIR = ("sentence1", "sentence2")
 
+_ENTAILED = ("entailment", "not_entailment")
+_ACCEPTABLE = ("unacceptable", "acceptable")
+
 # MRPC and QQP are scored by accuracy and STS-B by Pearson, as the DPLoRA and OPLoRA tables do; the rest is logged too.
 TASKS = {
     task.name: task
     for task in (
-        Task("cola", ("sentence",), metrics=("matthews", "accuracy")),
-        Task("sst2", ("sentence",)),
-        Task("mrpc", _SENTENCE_PAIR, metrics=("accuracy", "f1")),
-        Task("qqp", ("question1", "question2"), metrics=("accuracy", "f1")),
-        Task("stsb", _SENTENCE_PAIR, num_labels=1, metrics=("pearson", "spearman"), regression=True),
+        Task("cola", ("sentence",), _ACCEPTABLE, metrics=("matthews", "accuracy")),
+        Task("sst2", ("sentence",), ("negative", "positive")),
+        Task("mrpc", _SENTENCE_PAIR, ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
+        Task("stsb", _SENTENCE_PAIR, (), metrics=("pearson", "spearman")),
         Task(
             "mnli",
             ("premise", "hypothesis"),
-            num_labels=3,
+            ("entailment", "neutral", "contradiction"),
             validation=("validation_matched", "validation_mismatched"),
         ),
-        Task("qnli", ("question", "sentence")),
-        Task("rte", _SENTENCE_PAIR),
-        Task("grammar", ("sentence",), metrics=("accuracy", "matthews"), hub=None),
+        Task("qnli", ("question", "sentence"), _ENTAILED),
+        Task("rte", _SENTENCE_PAIR, _ENTAILED),
+        Task("grammar", ("sentence",), _ACCEPTABLE, metrics=("accuracy", "matthews"), hub=None),
     )
 }
 

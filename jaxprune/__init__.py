@@ -51,10 +51,14 @@ from jaxprune.methods import sora as sora
 from jaxprune.methods import uniformmask as uniformmask
 from jaxprune.methods import vera as vera
 from jaxprune.methods import with_dora as with_dora
+from jaxprune.peft import load_adapters as load_adapters
 from jaxprune.peft import load_peft as load_peft
+from jaxprune.peft import save_adapters as save_adapters
 from jaxprune.peft import save_peft as save_peft
 from jaxprune.prune import Decision as Decision
 from jaxprune.prune import extract as extract
+from jaxprune.runs import LoadedRun as LoadedRun
+from jaxprune.runs import load_run as load_run
 from jaxprune.scores import site_scores as site_scores
 from jaxprune.sites import Site as Site
 from jaxprune.sites import find_sites as find_sites

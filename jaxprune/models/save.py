@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ def save_classifier(
     params: Mapping[str, Any],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write config.json and model.safetensors, float32, under the names that `transformers` gives them.
 
@@ -45,6 +47,8 @@ def save_classifier(
       config: describes the model.
       params: its parameters, adapters merged.
       tokenizer: folder whose tokenizer files to copy (`Pretrained.folder`); None for none.
+      labels: the name of each class, () for regression; by default LABEL_0, LABEL_1, and so on.
+      beside: {name: content} of further files to write into the folder, such as a model card.
 
     Raises:
       UsageError: the parameters do not fit the configuration, config.json cannot say the configuration, or the folder cannot
@@ -65,6 +69,7 @@ def save_classifier(
             f"config.json of {config.family} cannot say {lost[0]}={getattr(config, lost[0])!r} beside the other settings, "
             f"which give {getattr(again, lost[0])!r}; make them agree"
         )
+    said |= _labelled(config, labels)
     flat, shapes = flatten(params), parameter_shapes(SequenceClassifier(config))
     got = {path: tuple(leaf.shape) for path, leaf in flat.items()}
     wrong = sorted(path for path in got.keys() | shapes.keys() if got.get(path) != shapes.get(path))
@@ -78,14 +83,36 @@ def save_classifier(
         for leaf in module.leaves:
             array = np.asarray(flat[f"{module.path}/{leaf.name}"], np.float32)
             tensors[f"{module.torch}.{leaf.torch[0]}"] = np.ascontiguousarray(array.T if leaf.transpose else array)
-    with new_folder(folder, (CONFIG, SINGLE, *_TOKENIZER), "model") as new:
+    beside = beside or {}
+    with new_folder(folder, (CONFIG, SINGLE, *_TOKENIZER, *beside), "model") as new:
         _check_own(folder, source)
         save_file(tensors, new / SINGLE, metadata={"format": "pt", **_MADE_BY})
-        found = [path for pattern in _TOKENIZER for path in source.glob(pattern) if path.is_file()] if source else []
-        for path in found:
+        for path in tokenizer_files(source) if source else ():
             shutil.copyfile(path, new / path.name)
+        for name, content in beside.items():
+            (new / name).write_bytes(content)
         (new / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the tokenizer's files in the folder of a model."""
+    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()})
+
+
+def _labelled(config: EncoderConfig, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return what config.json says of the labels."""
+    if labels is None:
+        return {}
+    if not labels:
+        labels = ["LABEL_0"] if config.num_labels == 1 else []
+        problem = "regression"
+    else:
+        problem = "single_label_classification"
+    if len(labels) != config.num_labels or len(set(labels)) < len(labels):
+        raise UsageError(f"labels {shown(labels)} do not fit: expected {config.num_labels} different names")
+    names = {str(i): label for i, label in enumerate(labels)}
+    return {"id2label": names, "label2id": {label: i for i, label in enumerate(labels)}, "problem_type": problem}
 
 
 def _check_own(folder: Path, tokenizer: Path | None) -> None:

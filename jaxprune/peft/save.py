@@ -43,6 +43,7 @@ def save_peft(
     base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = "SEQ_CLS",
     profile: str = "peft",
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write adapters and the trained head as a folder that Hugging Face PEFT loads.
 
@@ -66,6 +67,7 @@ def save_peft(
       base_model: name or folder of the checkpoint the adapters belong to.
       task_type: PEFT's name of the task; `SEQ_CLS` goes with a head, `CAUSAL_LM` or None without.
       profile: `"peft"`, or `"vllm"` to refuse what vLLM could not load.
+      beside: {name: content} of further files to write into the folder, such as a model card.
 
     Raises:
       UsageError: the format cannot express the adapters (a kind that is no LoRA, LoRA beside DoRA, biases or whole weights
@@ -132,11 +134,14 @@ def save_peft(
     }
     from safetensors.numpy import save_file
 
-    with new_folder(checked_path("folder", folder), (CONFIG, TENSORS), "adapter") as new:
+    beside = beside or {}
+    with new_folder(checked_path("folder", folder), (CONFIG, TENSORS, *beside), "adapter") as new:
         save_file({**tensors, **head}, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         magnitudes = {key: value for key, value in tensors.items() if key.endswith(_MAGNITUDE)}
         _verify(new, loras, masks, torch_paths, head, magnitudes)
+        for name, content in beside.items():
+            (new / name).write_bytes(content)
 
 
 def _as_written(adapters: Adapters, masks: Masks, initial: Adapters | None) -> tuple[dict[str, Lora], dict[str, Any]]:

@@ -159,7 +159,7 @@ def _figures(summary: _Summary) -> str:
         "model parameters": left,
         f"of the model's {_text(whole)} before": f"{100 * left / whole:.1f} %" if pruned else None,
         "layers adapted": summary.get("layers_adapted"),
-        "total time": _duration(total) if _is_number(total) else None,
+        "total time": duration(total) if _is_number(total) else None,
     }
     cells = [
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(_text(value))}</dd></div>"
@@ -300,7 +300,8 @@ def _score(value: Any) -> Any:
     return f"{value:.2f}" if isinstance(value, float) else value
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as a reader wants it: `4.2 s`, `3 min 5 s` or `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

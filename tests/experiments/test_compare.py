@@ -23,7 +23,10 @@ def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
     (bitfit, oplora) = compare.run([*methods, *flags, "--seeds", "1"])
     assert (bitfit["method"], oplora["method"]) == ("bitfit", "oplora:--budget 1500")
     assert oplora["params"] <= 1500 and oplora["spread"] is None and (tmp_path / "out" / "compare.png").stat().st_size
-    assert capsys.readouterr().out.count("running ") == 2
+    shown = capsys.readouterr().out
+    assert "running    run 1 of 2: rte with bitfit and seed 1; all that it prints is in" in shown
+    assert re.search(r"score      accuracy .*adapter parameters, in .*; .* so far", shown) and "run 2 of 2" in shown
+    assert "  loading    rte: rows and their tokens" in shown and "  compiling  the training step" in shown
     folder = tmp_path / "out" / "rte-bitfit-1"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2 and bitfit["score"] == summary["score"]
@@ -33,7 +36,8 @@ def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
     (tmp_path / "out" / "rte-bitfit-2").mkdir()
     (tmp_path / "out" / "rte-bitfit-2" / "summary.json").write_text(json.dumps(other))
     (row,) = compare.run(["--tasks", "rte", "--methods", "bitfit", *flags, "--seeds", "1", "2"])
-    assert "running " not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "running " not in shown and "finished   run 2 of 2" in shown
     assert row["runs"] == 2 and row["score"] == summary["score"] + 1
     np.testing.assert_allclose(row["spread"], 2**0.5)
     table = (tmp_path / "out" / "table.md").read_text().splitlines()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from experiments import metrics, recording
 from experiments.build import make_method, make_schedule
 from experiments.cli import parse
 from experiments.config import STAGED, GlueConfig
@@ -21,13 +22,13 @@ from experiments.finetune import predict, run
 from experiments.packing import Batches
 from experiments.presets import PRESETS
 from experiments.tokens import encode
-from jaxprune import attach, find_sites, load_peft
+from jaxprune import attach, find_sites, load_peft, load_run
 from jaxprune.models import EncoderConfig, load_classifier
 from tests.models import tiny
 
 METHODS = get_args(get_type_hints(GlueConfig)["method"])
 PLANNED, UNRANKED = ("oplora", "dplora"), ("full", "bitfit", "vera")
-NO_LORA = ("full", "bitfit", "houlsby", "pfeiffer", *STAGED)
+WHOLE = ("full", "bitfit", *STAGED)  # what is left is a model, not an adapter
 # What a run this short needs in order to prune at all.
 OWN = {
     "dplora": dict(events=2),
@@ -46,12 +47,38 @@ def glue(tiny_bert, tiny_rte, folder, **settings):
     return run(GlueConfig(output_dir=folder, **{**fixed, **settings}))
 
 
+@pytest.fixture
+def outputs(monkeypatch):
+    """The logits of every evaluation, as a run gives them to its metrics."""
+    found = []
+
+    def compute(task, logits, labels):
+        found.append(logits)
+        return metrics.compute(task, logits, labels)
+
+    monkeypatch.setattr(recording, "compute", compute)
+    return found
+
+
+def check_loaded(folder, summary, outputs, tiny_rte):
+    """What is loaded gives the validation rows the outputs that the run itself found when it evaluated them last."""
+    rows = load_task("rte", tiny_rte)["validation"]
+    loaded, pairs = load_run(folder), list(zip(*rows.texts, strict=True))
+    np.testing.assert_allclose(loaded.logits(pairs), outputs[-1], atol=2e-5)
+    names = ("entailment", "not_entailment")
+    predictions = loaded.predict(pairs)
+    right = [names.index(one.label) == label for one, label in zip(predictions, rows.labels, strict=True)]
+    assert 100 * np.mean(right) == pytest.approx(summary["score"])
+    assert all(one.probabilities[one.label] == max(one.probabilities.values()) > 0.5 for one in predictions)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, capsys):
+def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, capsys, outputs):
     folder = tmp_path / "run"
     budget = dict(budget=1500) if method in PLANNED else {}
     compact = "always" if method == "dplora" else "never"  # whatever the machine's speed
-    summary = glue(tiny_bert, tiny_rte, folder, method=method, **budget, rank=4, compact=compact, **OWN.get(method, {}))
+    settings = dict(rank=4, epochs=4, max_steps=20, compact=compact, learning_rate=1e-2, **OWN.get(method, {}))
+    summary = glue(tiny_bert, tiny_rte, folder, method=method, **budget, **settings)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     wanted = (
         "method model task seed metric score best_score adapter_params head_params budget ranks layers_adapted steps "
@@ -60,18 +87,19 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     assert set(wanted.split()) <= set(summary)
     assert set(summary["seconds"]) == {"total", "compile", "allocate", "eval", "train", "prune", "save"}
     assert sum(summary["seconds"].values()) <= 2 * summary["seconds"]["total"]
-    assert summary["steps"] == 12 and len(summary["ranks"]) == 12
+    assert summary["steps"] == 20 and len(summary["ranks"]) == 12
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(2, 21, 2)]
     evaluations = [line for line in lines if line.get("split") == "validation"]
-    assert [line["step"] for line in evaluations] == [6, 12]
+    assert [line["step"] for line in evaluations] == [6, 12, 18, 20]
     assert summary["score"] == evaluations[-1]["accuracy"] and summary["best_score"] >= summary["score"]
-    assert (folder / "checkpoints" / "12").is_dir()
+    assert (folder / "checkpoints" / "20").is_dir()
 
     assert (folder / "ranks.png").exists() == (method not in UNRANKED)
-    assert (folder / "adapter").exists() == (method not in NO_LORA)
-    assert (folder / "report.html").exists() and (folder / "model").exists() == (method in STAGED)
+    assert (folder / "adapter").exists() == (method not in WHOLE)
+    assert (folder / "report.html").exists() and (folder / "model").exists() == (method in WHOLE)
+    check_loaded(folder, summary, outputs, tiny_rte)
     shown = capsys.readouterr().out
     assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method in PLANNED)
     if method in PLANNED:
@@ -99,6 +127,29 @@ def test_the_exported_adapter_is_the_trained_one(tiny_bert, tiny_rte, tmp_path):
     )
     logits = batches.restore([np.asarray(forward(batch)) for batch in batches.all()])
     assert 100 * (logits.argmax(1) == rows.labels).mean() == pytest.approx(summary["score"])
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_transformers_loads_the_model_folder(method, tiny_bert, tiny_rte, tmp_path, outputs):
+    """PyTorch with model/ alone, tokenizer included, gives the outputs of the run's last evaluation and its labels."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    glue(tiny_bert, tiny_rte, tmp_path / "run", method=method, learning_rate=1e-2, max_steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
+    assert not any(info.values()) and theirs.config.problem_type == "single_label_classification"
+    assert theirs.config.id2label == {0: "entailment", 1: "not_entailment"}
+    rows = load_task("rte", tiny_rte)["validation"]
+    for i, pair in enumerate(zip(*rows.texts, strict=True)):
+        with torch.no_grad():
+            logits = theirs.eval()(**tokenizer(*pair, truncation=True, max_length=32, return_tensors="pt")).logits
+        np.testing.assert_allclose(logits[0].numpy(), outputs[-1][i], atol=1e-5)
+    # And it is a --model.
+    again = glue(tmp_path / "run" / "model", tiny_rte, tmp_path / "again", method="bitfit", max_steps=1)
+    assert again["model"] == str(tmp_path / "run" / "model")
 
 
 def test_the_same_seed_gives_the_same_run(tiny_bert, tiny_rte, tmp_path):

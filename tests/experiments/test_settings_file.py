@@ -1,0 +1,88 @@
+"""Settings in a file: a run's own come back as they were, flags win, and what is wrong is one line."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from experiments.cli import parse
+from experiments.comparison import CompareConfig
+from experiments.config import GlueConfig
+from experiments.settings_file import written
+from jaxprune.errors import UsageError
+from tests.experiments.refusals import assert_refused
+
+COMMANDS = (
+    "",
+    "--method lora --rank 4 --task rte --seed 7 --no-train-head --targets query,value --warmup 0.1 --dtype bfloat16",
+    "--method dplora --preset paper --task mrpc --set a_setting=1 --data-dir some/where --save-steps 9 --tensorboard",
+    "--method g2r2 --preset paper --task sst2 --set score=tangent combine=none --learning-rate 1e-5 --budget 10",
+    "--method lora --task rte --model no --targets re:^a:\\s#b$ --max-steps 1000000000000000000000000000000",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_was_written_is_read_back(command, tmp_path):
+    given = parse(GlueConfig, [*command.split(), "--output-dir", str(tmp_path), "--overwrite"], "glue")
+    path = tmp_path / "config.yaml"
+    known = {} if "a_setting" in command else dataclasses.asdict(given.resolve())
+    path.write_bytes(written(given, given.resolve() if known else given))
+    again = parse(GlueConfig, ["--config", str(path)], "glue")
+    assert again == dataclasses.replace(given, output_dir=None, overwrite=False)
+    # Every setting stands in the file; those that were not given as comments.
+    lines = [line.removeprefix("# ").partition(":")[0] for line in path.read_text().splitlines()[1:]]
+    assert set(lines) >= {f.name for f in dataclasses.fields(given)} - {"config", "output_dir", "overwrite", "resume"}
+
+
+def test_flags_beside_a_file_win(tmp_path):
+    path = tmp_path / "my settings.yaml"
+    path.write_text("method: dora\nlearning_rate: 1e-2\nrank: 3\ntrain_head: false\nset: [a=1, b=2]\nbudget:\n")
+    flags = ["--rank=5", f"--config={path}", "--train-head", "--set", "c=3"]
+    found = parse(GlueConfig, flags, "glue")
+    assert (found.method, found.learning_rate, found.rank, found.train_head) == ("dora", 0.01, 5, True)
+    assert found.set == ("c=3",) and found.budget is None and found.config is None
+    assert parse(GlueConfig, ["--config", str(path)], "glue").set == ("a=1", "b=2")
+    assert parse(CompareConfig, [], "compare").seeds == (42,)  # a command without such a flag
+
+
+WRONG = {
+    "rank: [1": r"cannot be read as YAML \(while parsing a flow sequence",
+    "rank: 1\n\trank: 2": "cannot be read as YAML",
+    "- rank": "holds .'rank'.; expected lines such as",
+    "just words": "holds 'just words'; expected lines such as",
+    "rnak: 4": "'rnak' is no setting; nearest: rank",
+    "3: 4": "3 is no setting",
+    "output_dir: there": "'output_dir' belongs to one run and goes on the command line",
+    "rank: {a: 1}": "rank is .'a': 1.; expected one value",
+    "set: [1, 2]": "set is .1, 2.; expected one value",
+    "rank: many": r"many is no int.*these flags were added: '--rank=many'",
+    "learning_rate: .nan": "--learning-rate nan",
+    "rank: -3": "--rank -3",
+    "method: dplra": "invalid choice 'dplra'",
+    "train_head: 3": "train-head",
+    "model: !!python/object:os.system {}": "cannot be read as YAML",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_file_is_one_line(text, tmp_path):
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert_refused("experiments.glue", ["--config", "wrong.yaml"], tmp_path, WRONG[text])
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "long.yaml").write_text(f"seed: {'9' * 5000}")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    for path, why in {
+        "nowhere.yaml": "No such file", ".": "Is a directory", "bytes": "cannot be read as YAML",
+        "long.yaml": "--config 'long.yaml'", "deep.yaml": "cannot be read as YAML",
+    }.items():  # fmt: skip
+        assert_refused("experiments.glue", ["--config", path], tmp_path, why)
+    with pytest.raises(UsageError, match="config 'x' is for the command line"):
+        GlueConfig(config="x").resolve()  # pyright: ignore
+
+
+def test_the_file_is_yaml_for_others_too(tmp_path):
+    given = GlueConfig(method="dora", set=("a=1",), targets="re:x#y")
+    assert yaml.safe_load(written(given, given)) == {"method": "dora", "set": ["a=1"], "targets": "re:x#y"}
