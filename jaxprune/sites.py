@@ -1,17 +1,18 @@
-"""Sites: the kernels of a parameter tree that an adapter can attach to, found from shapes alone."""
+"""Sites: the matrices of a model that an adapter can attach to."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.tree_util import all_leaves, keystr, tree_map_with_path
 
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.kernels import LEAVES, Kernel, traced
 
 # Output heads and poolers are small, task-specific and trained whole: `all-linear` leaves them out, as PEFT does.
 DEFAULT_EXCLUDE = r"(^|/)(head|classifier|pre_classifier|pooler|lm_head|score)(/|$)"
@@ -22,14 +23,14 @@ _ORDER = "query q_proj key k_proj value v_proj out o_proj out_proj fc1 gate_proj
 
 @dataclass(frozen=True)
 class Site:
-    """A kernel an adapter can attach to.
+    """A matrix an adapter can attach to.
 
     Attributes:
       path: the module's path in the parameter tree, joined by `/`, without the trailing `kernel`.
       d_in: input features of the kernel.
       d_out: output features of the kernel.
-      layer: index of the layer it belongs to (the first number among its parents' names), 0 where there is none.
-      type: its role, shared by the same kernel of every layer: the last part of the path (`query`, `fc1`, ...).
+      layer: depth of the layer it belongs to, in the order of the forward pass; 0 where it belongs to none.
+      type: its role, shared by the same kernel of every layer: the end of the path (`query`, `fc1`, ...).
       stack: leading axes of a kernel stacked by `nn.scan`, `()` for an ordinary one.
     """
 
@@ -118,29 +119,43 @@ def find_sites(
     targets: str | Sequence[str] = "all-linear",
     *,
     exclude: str = DEFAULT_EXCLUDE,
+    call: Callable[[Any], Any] | None = None,
 ) -> tuple[Site, ...]:
-    """Find the sites that `targets` selects, ordered by layer.
+    """Find the sites that `targets` selects, ordered by depth.
+
+        find_sites(params, call=lambda params: model.apply({"params": params}, x))
+
+    Without a call the sites are read from shapes and names: a kernel of two axes is a matrix (d_in, d_out), one of more a
+    stack of them. With a call, which is traced and not run, they are the matrices that the model multiplies by (see
+    `jaxprune.kernels.kernel_of`), and only those that `attach` reaches.
 
     Args:
-      params: nested dict of arrays or `ShapeDtypeStruct`s; every leaf named `kernel` with two axes (d_in, d_out), or
-        more when layers are stacked on leading axes by `nn.scan`, is a candidate.
+      params: nested dict of arrays or `ShapeDtypeStruct`s; every leaf named `kernel` with two axes or more is a candidate,
+        and one named `embedding` for targets that name it.
       targets: `"all-linear"`, a sequence of path suffixes (`["query", "mlp/fc1"]`), or one regular expression that
         must match a whole path.
       exclude: regular expression of paths that `all-linear` leaves out.
+      call: `call(params)` calls the model; needed for kernels of more than two axes that are no stacks, as in attention,
+        convolutions and `nn.DenseGeneral`.
 
     Raises:
-      UsageError: a pattern matches no kernel; the message lists the nearest site names.
+      UsageError: a pattern matches no kernel; the message lists the nearest site names; or what it matches cannot be reached.
 
     Returns:
-      The sites in layer order, within a layer in the order of a forward pass where the names tell it.
+      The sites by depth, within a layer in the order of a forward pass where the names tell it.
     """
-    kernels = {p.removesuffix("/kernel"): v for p, v in flatten(params).items() if p.endswith("/kernel")}
-    kernels = {p: v for p, v in kernels.items() if len(v.shape) >= 2}
+    flat = flatten(params)
+    leaves = {path: leaf_at(flat, path) for path in dict.fromkeys(p.rpartition("/")[0] for p in flat)}
+    kernels = {p: flat[leaf] for p, leaf in leaves.items() if leaf is not None and len(flat[leaf].shape) >= 2}
+    linear = [p for p in kernels if str(leaves[p]).endswith("kernel")]
     if not kernels:
         raise UsageError("the parameter tree has no leaf named 'kernel' with two or more axes, so nothing to adapt")
+    seen = None if call is None else traced(call, params)
     if isinstance(targets, str) and targets == "all-linear":
         excluded = expression("exclude", exclude)
-        chosen = {p for p in kernels if not excluded.search(p)}
+        chosen = {p for p in linear if not excluded.search(p)}
+        if seen is not None:  # what nobody named and attaching does not reach is left out
+            chosen = {p for p in chosen if p in seen and not seen[p].fault}
         if not chosen:
             raise UsageError(f"all-linear leaves out every kernel, such as {next(iter(kernels))!r}; name the targets")
     elif isinstance(targets, str):
@@ -166,19 +181,77 @@ def find_sites(
             f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
             f"numbers and no empty axis; leave it out of the targets"
         )
-    sites = []
-    for path in chosen:
-        *stack, d_in, d_out = kernels[path].shape
-        sites.append(site_at(path, d_in, d_out, tuple(stack)))
+    sizes = {path: _matrix(path, tuple(kernels[path].shape), seen) for path in chosen}
     place = {name: i for i, name in enumerate(_ORDER)}
+    depths = _depths(chosen, list(seen or ()))
+    sites = (
+        Site(path, d_in, d_out, depths[path], _Name.of(path).type, stack)
+        for path, (d_in, d_out, stack) in sizes.items()
+    )
     return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
 
 
+def leaf_at(flat: Mapping[str, Any], path: str) -> str | None:
+    """Return the path of the leaf that holds a site's matrix, None where there is none."""
+    return next((leaf for name in LEAVES if (leaf := f"{path}/{name}") in flat), None)
+
+
+def _matrix(path: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int, tuple[int, ...]]:
+    """Return (d_in, d_out, stack) of a kernel."""
+    if seen is None:
+        *stack, d_in, d_out = shape
+        return d_in, d_out, tuple(stack)
+    kernel = seen.get(path)
+    fault = "the call does not use it" if kernel is None else kernel.fault
+    if kernel is None or fault:
+        raise UsageError(f"no adapter reaches {shown(path)}: {fault}; leave it out of the targets")
+    return kernel.d_in, kernel.d_out, shape[: len(shape) - len(kernel.shape)]
+
+
 def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Site:
-    """Make the site of a kernel, its layer and type read from its path."""
-    parents, _, name = path.rpartition("/")
-    number = re.search(r"(?<![0-9])[0-9]{1,9}(?![0-9])", parents)  # no model has 10^9 layers
-    return Site(path, d_in, d_out, int(number[0]) if number else 0, name, stack)
+    """Make the site of a kernel by itself, its layer and type read from its path."""
+    name = _Name.of(path)
+    return Site(path, d_in, d_out, name.number or 0, name.type, stack)
+
+
+class _Name(NamedTuple):
+    """What a path says: the module that holds the layers, the layer's number (the first in the path) and the type.
+
+    `layer_0/fc1` and `layer_0_fc1` say the same. A number at the end of the kernel's own name is no layer's.
+    """
+
+    tower: str
+    number: int | None
+    type: str
+
+    @classmethod
+    def of(cls, path: str) -> _Name:
+        parents, _, name = path.rpartition("/")
+        if number := re.search(r"(?<![0-9])[0-9]{1,9}(?![0-9])", parents):  # no model has 10^9 layers
+            return cls(parents[: number.start()].rpartition("/")[0], int(number[0]), name)
+        if own := re.fullmatch(r"[^0-9]*([0-9]{1,9})[_.-]([A-Za-z].*)", name):
+            return cls(parents, int(own[1]), own[2])
+        return cls(parents, None, name)
+
+
+def _depths(paths: Iterable[str], order: Sequence[str]) -> dict[str, int]:
+    """Return the depth of each site: its layer's number, counted on from the towers of layers that run before its own.
+
+    Args:
+      paths: of the sites; one outside any numbered layer lies at 0.
+      order: paths of modules in the order in which they run, as far as that is known; otherwise an encoder runs first.
+    """
+    numbers: dict[str, dict[str, int]] = {}
+    for path in paths:
+        if (name := _Name.of(path)).number is not None:
+            numbers.setdefault(name.tower, {})[path] = name.number
+    ran = {path: i for i, path in enumerate(order)}
+    first = {tower: min(ran.get(path, len(ran)) for path in own) for tower, own in numbers.items()}
+    depths, start = dict.fromkeys(paths, 0), 0
+    for tower in sorted(numbers, key=lambda t: (first[t], "decoder" in t, _natural(t))):
+        depths.update({path: start + number for path, number in numbers[tower].items()})
+        start += max(numbers[tower].values()) + 1
+    return depths
 
 
 def expression(what: str, pattern: str) -> re.Pattern[str]:

@@ -32,6 +32,25 @@ def test_a_number_in_the_kernels_own_name_is_no_layer():
     assert (site.path, site.layer, site.stack, site.cost(2)) == ("layers/fc1", 0, (3,), 2 * 20 * 3)
 
 
+@pytest.mark.parametrize("shape", ["layer_{}/{}", "layer_{}_{}", "layers_{}.{}", "body/block{}_{}", "h{}/{}"])
+def test_a_layer_is_read_from_a_folder_or_from_the_kernels_own_name(shape):
+    kernel = jax.ShapeDtypeStruct((3, 5), np.float32)
+    params = unflatten({f"{shape.format(i, kind)}/kernel": kernel for i in (10, 2) for kind in ("fc2", "fc1")})
+    assert [(s.layer, s.type) for s in find_sites(params)] == [(2, "fc1"), (2, "fc2"), (10, "fc1"), (10, "fc2")]
+
+
+def test_a_decoders_layers_come_after_its_encoders():
+    kernel = jax.ShapeDtypeStruct((3, 5), np.float32)
+    names = [f"model/{part}/layers_{i}/fc1" for part in ("decoder", "encoder") for i in range(3)]
+    sites = find_sites(unflatten({f"{name}/kernel": kernel for name in [*names, "model/shared"]}))
+    assert [(s.layer, s.path) for s in sites] == [
+        (0, "model/encoder/layers_0/fc1"),
+        (0, "model/shared"),
+        *((i, f"model/encoder/layers_{i}/fc1") for i in (1, 2)),
+        *((i + 3, f"model/decoder/layers_{i}/fc1") for i in range(3)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("targets", "count"), [(["fc1"], 3), (["layer_1/fc1", "fc2"], 4), (r"layer_[01]/fc\d", 4), (["head"], 1)]
 )

@@ -8,6 +8,7 @@ static and are not.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.sites import leaf_at
 
 Array = jax.Array
 
@@ -82,7 +84,8 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
       UsageError: there is no such leaf, or a shape differs.
     """
     whole = hasattr(adapter, "value")
-    if not isinstance(path, str) or (leaf := path if whole else f"{path}/kernel") not in flat:
+    leaf = path if whole else leaf_at(flat, path) or ""
+    if not isinstance(path, str) or leaf not in flat:
         near = nearest(str(path) if whole else f"{path}/kernel", flat)
         raise UsageError(f"adapter path {shown(path)} is not in the parameters; nearest names: {near}")
     if not (hasattr(adapter, "merge") or hasattr(adapter, "linear")):
@@ -95,15 +98,34 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
         )
     axes = getattr(adapter, "rank_axes", {})
     if axes.keys() >= {"a", "b"}:
-        *stack, d_in, d_out = flat[leaf].shape
-        rank = adapter.a.shape[-1]
-        if (adapter.a.shape, adapter.b.shape) != ((*stack, d_in, rank), (*stack, rank, d_out)):
+        *stack, d_in, rank = adapter.a.shape
+        d_out = adapter.b.shape[-1]
+        if adapter.b.shape != (*stack, rank, d_out) or not _is_matrix(flat[leaf].shape, tuple(stack), d_in, d_out):
             raise UsageError(
                 f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, which do not fit "
                 f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
             )
     check_mask(path, adapter, mask)
     return leaf
+
+
+def _is_matrix(shape: tuple[int, ...], stack: tuple[int, ...], d_in: int, d_out: int) -> bool:
+    """Tell whether a kernel is a stack of matrices: first the stack, then axes that make d_in, then axes that make d_out."""
+    rest = shape[len(stack) :]
+    splits = [(math.prod(rest[:i]), math.prod(rest[i:])) for i in range(1, len(rest))]
+    return shape[: len(stack)] == stack and (d_in, d_out) in splits
+
+
+def merged(adapter: Any, kernel: Array, mask: Array | None) -> Array:
+    """Return the kernel with an adapter folded into the matrix that it is, in the kernel's shape."""
+    own = getattr(adapter, "lora", adapter)
+    if hasattr(own, "d_in"):
+        shape = (*own.d.shape[:-1], own.d_in, own.b.shape[-1])
+    elif hasattr(own, "a"):
+        shape = (*own.a.shape[:-1], own.b.shape[-1])
+    else:  # it changes every entry for itself
+        shape = kernel.shape
+    return adapter.merge(kernel.reshape(shape), mask).reshape(kernel.shape)
 
 
 def check_mask(path: str, adapter: Any, mask: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.adapters.base import Adapters, Masks, check_mappings, place
+from jaxprune.adapters.base import Adapters, Masks, check_mappings, merged, place
 from jaxprune.sites import flatten, with_leaves
 
 
@@ -24,7 +24,7 @@ def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[s
     flat = flatten(params)
     for path, adapter in adapters.items():
         leaf = place(flat, path, adapter, masks.get(path))
-        flat[leaf] = adapter.merge(flat[leaf], masks.get(path))
+        flat[leaf] = merged(adapter, flat[leaf], masks.get(path))
     for path, adapter in adapters.items():  # now that trained biases are in place
         if hasattr(adapter, "merge_bias") and (leaf := f"{path}/bias") in flat:
             flat[leaf] = adapter.merge_bias(flat[leaf], masks.get(path))

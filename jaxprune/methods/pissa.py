@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters import init_lora
-from jaxprune.adapters.base import key_for
+from jaxprune.adapters.base import key_for, place
 from jaxprune.allocate import uniform_plan
 from jaxprune.checks import Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
@@ -65,10 +65,11 @@ def pissa(
         drawn, masks = init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout)
         flat, adapters = flatten(context.params), {}
         for path, empty in drawn.items():
-            kernel = flat[f"{path}/kernel"]
+            leaf = place(flat, path, empty, None)
+            kernel = flat[leaf].reshape(*empty.a.shape[:-1], empty.b.shape[-1])
             a, b, rest = _split(key_for(context.key, path), kernel, rank, scale, niter)
             adapters[path] = dataclasses.replace(empty, a=a, b=b, residual=True)
-            flat[f"{path}/kernel"] = rest
+            flat[leaf] = rest.reshape(flat[leaf].shape)
         return Start(adapters, masks, plan, with_leaves(context.params, flat))
 
     return Method(start, name="pissa")

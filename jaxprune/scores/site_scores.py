@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.inputs import check_sites
 from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
-from jaxprune.sites import Site, flatten
+from jaxprune.sites import Site, flatten, leaf_at
 
 SCORES = ("absolute", "squared", "weight", "activation", "top10")
 _REDUCE = {"absolute": mean_absolute, "squared": mean_squared, "top10": mean_top10, "activation": None}
@@ -66,11 +66,11 @@ def site_scores(
             f"score {shown(kind)} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(str(kind), SCORES, 1)}"
         )
     sites, flat = check_sites(sites), flatten(params)
-    lost = [s.path for s in sites if f"{s.path}/kernel" not in flat]
-    if lost:
+    leaves = {s.path: leaf_at(flat, s.path) for s in sites}
+    if lost := [path for path, leaf in leaves.items() if leaf is None]:
         raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
     if kind == "weight":
-        return {s.path: float(jnp.mean(jnp.abs(flat[f"{s.path}/kernel"].astype(jnp.float32)))) for s in sites}
+        return {path: float(jnp.mean(jnp.abs(flat[leaf].astype(jnp.float32)))) for path, leaf in leaves.items() if leaf}
     probes = taps(sites, _REDUCE[kind])
 
     def loss(probes, params, batch):
