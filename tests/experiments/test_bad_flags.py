@@ -230,7 +230,7 @@ ACCEPTED = {
     "steps by epochs alone": f"--method bitfit --epochs 1 --max-steps {HUGE} --max-train-samples 8",
     "budget above all sites": f"--max-steps 1 --budget {HUGE} --rank 36 --alpha 1.2e-38 --lora-dropout 0.9999999",
     "a batch above the data": "--method bitfit --max-steps 1 --batch-size 1024 --accumulate 512",
-    "a shared pair above all kernels": "--method vera --max-steps 1 --rank 4096",
+    "a shared pair above all kernels": "--method vera --max-steps 1 --rank 512",
     "sharing from the first change on": "--method loradrop --max-steps 2 --warmup 1",
     "early pruning events": (
         "--method dplora --max-steps 6 --events 2 --recovery-steps 0 --momentum 0 --stability 0 --ema-decay 0 "
