@@ -1,11 +1,13 @@
 """The presets against the papers' tables and the released scripts, typed a second time: here in the units that are printed."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxprune as jp
-from experiments.build import method_settings
+from experiments.build import make_method, method_settings
 from experiments.config import GlueConfig
 from experiments.presets import PRESETS, TASKS, preset
 from jaxprune.models.config import EncoderConfig
@@ -229,3 +231,17 @@ def test_the_channel_masks_train_as_many_parameters_as_the_slides_say(layers, he
     context = jp.Context(jax.random.key(0), params, jp.find_sites(params, targets), lambda: None, lambda: None)
     start = method.start(context)
     assert jp.count(start.adapters, start.masks) == parameters
+
+
+@pytest.mark.parametrize("total", [20, 20_000])
+@pytest.mark.parametrize("method", get_args(get_type_hints(GlueConfig)["method"]))
+def test_every_method_of_the_command_line_is_made_for_a_short_and_a_long_run(method, total):
+    encoder = EncoderConfig(vocab_size=9, num_layers=6, num_heads=12)
+    made = make_method(GlueConfig(method=method, task="mrpc").resolve(), total, encoder)
+    assert all(1 <= step <= total for step in made.events)
+    if method == "dplora":
+        assert len(made.events) == 10
+    if method == "g2r2":  # which measures nothing while the learning rate warms up, 6 % of the run
+        assert (
+            made.probes and not made.probes.when(int(0.06 * total) - 1) and made.probes.when(2000 if total > 20 else 2)
+        )
