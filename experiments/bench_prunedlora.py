@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> None:
     from jaxprune.prune import apply
 
     config = parse(PrunedLoraConfig, arguments, "experiments.bench prunedlora")
-    method = jp.prunedlora(rank=config.rank, target=1, interval=1, remove=config.remove, score=config.score)
+    method = jp.prunedlora(
+        rank=config.rank, target=1, interval=1, start_step=1, remove=config.remove, score=config.score
+    )
     optimizer, key = optax.adam(1e-4), jax.random.key(0)
     adapters = {}
     for number, (name, (d_in, d_out)) in enumerate(KERNELS.items()):

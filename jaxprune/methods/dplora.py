@@ -3,7 +3,7 @@
 N events are spread over training, at the steps int(delay + tau (total - delay) / (N + 1)), tau = 1 ... N. At each, with c_l
 the present rank of site l and its gradients dA_l, dB_l:
 
-    I_new(l) = sqrt(mean dA_l^2 * mean dB_l^2) * sqrt(c_l)                                               (eq. 6)
+    I_new(l) = rms(dA_l) rms(dB_l) sqrt(c_l),  rms the root of the mean square over live components      (eq. 6)
     I(l) <- beta I(l) + (1 - beta) I_new(l);  the first event takes I_new                                (eq. 5)
     budget = floor(B (1 - p share(tau / N))), B the adapter parameters at the start, share a Bézier curve (eq. 10, 11)
     min sum_l I_l ((c_l - r_l) / c_l + gamma |r_l - c_l| - delta [r_l = c_l]) within the budget           (eq. 7 to 9)
@@ -15,11 +15,16 @@ Where paper and released code differ, a setting chooses:
 - `importance="training"` averages eq. 6 over the gradients of the training steps since the last event, which costs
   nothing; `"samples"` takes it for each of the scoring samples alone and averages, as the released code does: one backward
   pass for each of up to 500 samples at every event.
+- `norm="rms"` reads the norms of eq. 6 as the released code does; `"frobenius"` is the printed sqrt(|dA_l| |dB_l|) sqrt(c_l), in
+  which a large site has more to say.
 - `rescale=True` keeps alpha as ranks fall, so that s = alpha / r grows (released code); it costs a compilation at every event.
   By default s stays, and pruning changes nothing about the survivors.
 
 The paper's "recovery steps" are a lock-out: no event within so many steps after one. Events are evenly spaced, so it only has
 to be shorter than the interval between them.
+
+An event never ends a run: where nothing was measured (all importances zero or not finite), or no plan within the budget gives
+every type a rank, the present ranks stay, and the event's report says why.
 
 Source: "DPLoRA: a dual-pruning framework based on ILP optimization and progressive pruning", section 3.2, algorithm 1.
 """
@@ -49,6 +54,7 @@ from jaxprune.sites import Site, site_at
 # No site has more ranks to lose.
 Events = Annotated[int, Range(1, MOST_RANK)]
 IMPORTANCES = ("training", "samples")
+NORMS = ("rms", "frobenius")
 
 
 class DploraState(NamedTuple):
@@ -82,10 +88,12 @@ def dplora(
     momentum: NotNegative = 0.1,
     stability: NotNegative = 0.05,
     importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
+    norm: Annotated[str, OneOf(NORMS)] = "rms",
     rescale: bool = False,
     budget: Budget | None = None,
     time_budget: TimeBudget | None = None,
     score: Score = "absolute",
+    per_sample: bool | None = None,
     ranks: Ranks = range(17),
     solver: Solver = "auto",
     time_limit: Seconds = 60.0,
@@ -105,9 +113,10 @@ def dplora(
       momentum: gamma, the price of a lost rank; 0 for none.
       stability: delta, the reward for leaving a site as it is.
       importance: `"training"` or `"samples"`, see above.
+      norm: `"rms"` or `"frobenius"`, see above.
       rescale: keep alpha instead of s as ranks fall.
-      budget, time_budget, score, ranks, solver, time_limit, alpha, dropout: as `oplora`. A time budget holds for the whole
-        run, because ranks only fall.
+      budget, time_budget, score, per_sample, ranks, solver, time_limit, alpha, dropout: as `oplora`. A time budget holds for
+        the whole run, because ranks only fall.
 
     Raises:
       UsageError: a setting is out of range, the events do not fit, or (by `start`) the types of sites cannot all keep a rank
@@ -131,8 +140,8 @@ def dplora(
             f"train longer"
         )
     first = oplora(
-        budget=budget, time_budget=time_budget, score=score, ranks=ranks, solver=solver, time_limit=time_limit,
-        alpha=alpha, dropout=dropout,
+        budget=budget, time_budget=time_budget, score=score, per_sample=per_sample, ranks=ranks, solver=solver,
+        time_limit=time_limit, alpha=alpha, dropout=dropout,
     )  # fmt: skip
 
     def left(start: int, event: int) -> int:
@@ -140,7 +149,8 @@ def dplora(
 
     def start(context: Context) -> Start:
         begun = first.start(context)
-        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters)
+        smallest = min(rank for rank in (*ranks, MOST_RANK) if rank)
+        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters, smallest)
         if last < least:
             raise UsageError(
                 f"pruning {target:.0%} would leave {last:,} adapter parameters, and a rank for each type of site takes "
@@ -158,7 +168,7 @@ def dplora(
     def observe(state: DploraState, adapters, masks, grads, step, measured) -> DploraState:
         if importance != "training":
             return state
-        total = {path: state.total[path] + new for path, new in gradient_importance(grads, masks).items()}
+        total = {path: state.total[path] + new for path, new in gradient_importance(grads, masks, norm).items()}
         return state._replace(total=total, steps=state.steps + 1)
 
     def decide(
@@ -168,8 +178,9 @@ def dplora(
         if importance == "training":
             new = {path: np.asarray(total) / max(int(state.steps), 1) for path, total in state.total.items()}
         else:
-            new = _on_samples(context, adapters, masks, step)
-        blend = ema_decay if event > 1 else 0.0
+            new = _on_samples(context, adapters, masks, step, norm)
+        # The first that was measured stands alone.
+        blend = ema_decay if any(np.any(value) for value in state.importance.values()) else 0.0
         merged = {
             path: blend * np.asarray(state.importance[path]) + (1 - blend) * new[path] for path in state.importance
         }
@@ -181,17 +192,22 @@ def dplora(
                 current[site.path] = int((mask[index] > 0).sum())
                 worth[site.path] = float(merged[path][index])
         allowed = left(int(state.start), event)
-        problem = prune_problem(
-            worth, problem_sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
-        )  # fmt: skip
-        plan = solve(problem, solver=solver, time_limit=time_limit)
         state = DploraState(
-            {path: jnp.asarray(value, jnp.float32) for path, value in merged.items()},
+            # What is not finite would stay so at every later event.
+            {p: jnp.where(jnp.isfinite(value), value, state.importance[p]) for p, value in merged.items()},
             {path: jnp.zeros_like(value) for path, value in state.total.items()},
             jnp.zeros((), jnp.int32),
             jnp.int32(event),
             state.start,
         )
+        report: dict[str, Any] = {"event": event, "budget": allowed}
+        try:
+            problem = prune_problem(
+                worth, problem_sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
+            )  # fmt: skip
+            plan = solve(problem, solver=solver, time_limit=time_limit)
+        except UsageError as error:
+            return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
         ranks_after = {
             path: np.array([plan.ranks[site.path] for _, site in _layers(path, lora)]).reshape(lora.a.shape[:-2])
             for path, lora in _loras(adapters)
@@ -204,7 +220,7 @@ def dplora(
         if rescale:
             scales = {path: float(before[path].max() / rank.max()) for path, rank in fewer.items() if rank.max() > 0}
         said = {name: getattr(plan, name) for name in ("solver", "status", "objective", "gap")}
-        report = {"event": event, "budget": allowed, **said, "solve_seconds": plan.seconds}
+        report |= {**said, "solve_seconds": plan.seconds}
         return state, Decision(trim(component_norms(dict(adapters)), masks, fewer), scales=scales, report=report)
 
     def compact(state: DploraState, kept: dict[str, np.ndarray]) -> DploraState:
@@ -222,12 +238,13 @@ def dplora(
     )
 
 
-def gradient_importance(grads: Adapters, masks: Masks) -> dict[str, jax.Array]:
-    """Return sqrt(mean dA^2 * mean dB^2) * sqrt(c) of every site, with means over its c live components (eq. 6).
+def gradient_importance(grads: Adapters, masks: Masks, norm: str = "rms") -> dict[str, jax.Array]:
+    """Return rms(dA) rms(dB) sqrt(c) of every site with c live components, or sqrt(|dA| |dB|) sqrt(c) (eq. 6).
 
     Args:
       grads: a tree shaped like the adapters; entries of dead components are zero.
       masks: {site path: (r,) or (layers, r)}.
+      norm: `rms`, with means over the live components, or `frobenius`.
 
     Returns:
       {site path: () or (layers,)}; 0 where nothing is live.
@@ -236,33 +253,43 @@ def gradient_importance(grads: Adapters, masks: Masks) -> dict[str, jax.Array]:
     for path, grad in _loras(grads):
         alive = jnp.sum(masks[path], axis=-1)
         rows = jnp.maximum(alive, 1)
-        mean_a = jnp.sum(jnp.square(grad.a), axis=(-2, -1)) / (rows * grad.a.shape[-2])
-        mean_b = jnp.sum(jnp.square(grad.b), axis=(-2, -1)) / (rows * grad.b.shape[-1])
-        found[path] = jnp.sqrt(mean_a * mean_b) * jnp.sqrt(alive)
+        # Roots one by one: a product of two mean squares soon is below what float32 holds.
+        size_a, size_b = (jnp.sqrt(jnp.sum(jnp.square(leaf), axis=(-2, -1))) for leaf in (grad.a, grad.b))
+        if norm == "rms":
+            size = (size_a / jnp.sqrt(rows * grad.a.shape[-2])) * (size_b / jnp.sqrt(rows * grad.b.shape[-1]))
+        else:
+            size = jnp.sqrt(size_a) * jnp.sqrt(size_b)
+        found[path] = size * jnp.sqrt(alive)
     return found
 
 
-def _on_samples(context: Context | None, adapters: Adapters, masks: Masks, step: int) -> dict[str, np.ndarray]:
+def _on_samples(
+    context: Context | None, adapters: Adapters, masks: Masks, step: int, norm: str
+) -> dict[str, np.ndarray]:
     """Average eq. 6 over single samples, in training mode, as the released code does."""
     if context is None or not context.samples:
         raise UsageError('importance "samples" needs the context with its samples at every event: prune(..., context)')
-    measure, key = _measure(context.forward, context.loss_fn), jax.random.fold_in(context.key, step)
+    measure, key = _measure(context.forward, context.loss_fn, norm), jax.random.fold_in(context.key, step)
     found = [
-        jax.device_get(measure(dict(adapters), dict(masks), context.params, part, key)) for part in context.samples
+        jax.device_get(measure(dict(adapters), dict(masks), context.params, part, jax.random.fold_in(key, number)))
+        for number, part in enumerate(context.samples)
     ]
     return {path: np.mean([part[path] for part in found], axis=0) for path in found[0]}
 
 
 @functools.lru_cache
-def _measure(forward: Any, loss_fn: Any) -> Any:
+def _measure(forward: Any, loss_fn: Any, norm: str) -> Any:
     def loss(adapters, masks, params, batch, key):
         value = loss_fn(lambda *x, **kw: forward(params, adapters, masks, *x, **kw), batch, key)
         return value[0] if isinstance(value, tuple) else value
 
     @jax.jit
     def measure(adapters, masks, params, samples, key):
-        one = lambda sample: gradient_importance(jax.grad(loss)(adapters, masks, params, sample, key), masks)  # noqa: E731
-        return jax.tree.map(lambda value: value.mean(0), jax.lax.map(one, samples))
+        def one(item):
+            return gradient_importance(jax.grad(loss)(adapters, masks, params, *item), masks, norm)
+
+        keys = jax.random.split(key, len(jax.tree.leaves(samples)[0]))  # each sample has dropout of its own
+        return jax.tree.map(lambda value: value.mean(0), jax.lax.map(one, (samples, keys)))
 
     return measure
 
@@ -279,9 +306,10 @@ def _layers(path: str, lora: Lora) -> Iterator[tuple[tuple[int, ...], Site]]:
         yield index, Site(f"{path}[{number}]", d_in, site.d_out, number, site.type) if stack else site
 
 
-def _least(adapters: Adapters) -> int:
+def _least(adapters: Adapters, rank: int) -> int:
+    """Count the parameters of the cheapest plan that has a site of each type at `rank`."""
     cheapest: dict[str, int] = {}
     for path, lora in _loras(adapters):
         site = site_at(path, lora.a.shape[-2], lora.b.shape[-1])
-        cheapest[site.type] = min(site.cost(), cheapest.get(site.type, site.cost()))
+        cheapest[site.type] = min(site.cost(rank), cheapest.get(site.type, site.cost(rank)))
     return sum(cheapest.values())

@@ -10,7 +10,8 @@ shape use one LoRA from then on, and training goes on. The shared one starts as 
 What the paper leaves open, or what could only be read about it second hand: which layer the shared LoRA starts from;
 that training goes on with what was trained so far; a layer's sites count together (`per="site"` ranks the sites of each type
 apart). The mean is over the tokens that a site sees: the last layer of a classifier may see first tokens alone, and a sum would
-make it small for that. Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a site cannot tell.
+make it small for that. Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a
+site cannot tell.
 
 Sharing is a property of the adapter: `view` spreads a shared one over its sites, so that `Method.seen` gives plain LoRA to
 merge and to export.

@@ -12,12 +12,14 @@ Source: "DPLoRA: a dual-pruning framework based on ILP optimization and progress
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocate import SOLVERS, allocate
 from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share, checked
+from jaxprune.errors import UsageError
 from jaxprune.inputs import check_ranks
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.scores import site_scores
@@ -37,6 +39,7 @@ def oplora(
     budget: Budget | None = None,
     time_budget: TimeBudget | None = None,
     score: Score = "absolute",
+    per_sample: bool | None = None,
     ranks: Ranks = range(17),
     solver: Solver = "auto",
     time_limit: Seconds = 60.0,
@@ -48,7 +51,10 @@ def oplora(
     Args:
       budget: adapter parameters; None for half of uniform rank 16.
       time_budget: longest predicted step time, relative to uniform rank 16 at every site; None for no limit.
-      score: one of `jaxprune.scores.SCORES`; `squared` is taken per sample, as in the released code.
+      score: one of `jaxprune.scores.SCORES`.
+      per_sample: take it of each sample's gradient and average, as eq. 1 says, on the context's `samples`; or of the gradient
+        of a batch's mean loss, on its `batches`, which costs one backward pass a batch and ranks sites nearly alike. None for
+        samples where the score is `squared`, as in the released code, and for batches otherwise. The plan's status says which.
       ranks: candidate ranks.
       solver: `auto`, `CBC`, `GLPK_MI`, `HIGHS` or `DP`.
       time_limit: seconds the solver may take.
@@ -59,16 +65,21 @@ def oplora(
       UsageError: a setting is out of range.
     """
     check_ranks(ranks)
+    alone = score == "squared" if per_sample is None else per_sample and score != "weight"
 
     def start(context: Context) -> Start:
-        per_sample = score == "squared"
-        data = context.samples if per_sample else context.batches
+        data = context.samples if alone else context.batches
+        if alone and not data:
+            raise UsageError(f"score {score!r} of single samples needs the context's samples, and it has none")
         scores = site_scores(
-            score, context.forward, context.loss_fn, context.params, context.sites, data, per_sample=per_sample
+            score, context.forward, context.loss_fn, context.params, context.sites, data, per_sample=alone
         )
         plan = allocate(
             scores, context.sites, budget, ranks=ranks, solver=solver, time_limit=time_limit, time_budget=time_budget
         )
+        if score != "weight":
+            of = "single samples, averaged" if alone else "batches"
+            plan = dataclasses.replace(plan, status=f"{plan.status} Sites scored by {score!r} of {of}.")
         return Start(
             *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
         )

@@ -72,6 +72,111 @@ def test_importance_is_the_papers_equation_in_float64():
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
 
 
+def factors(sizes, mask):
+    """Return gradients of made-up values, and masks with the dead at zero, for {path: (d_in, d_out)}."""
+    rng = np.random.default_rng(1)
+    grads = {
+        path: jp.Lora(jnp.asarray(rng.normal(size=(d_in, len(mask))) * mask, jnp.float32),
+                      jnp.asarray(rng.normal(size=(len(mask), d_out)) * mask[:, None], jnp.float32), 1.0)
+        for path, (d_in, d_out) in sizes.items()
+    }  # fmt: skip
+    return grads, {path: jnp.asarray(mask, jnp.float32) for path in sizes}
+
+
+@pytest.mark.parametrize("norm", ["rms", "frobenius"])
+def test_both_readings_of_equation_6_over_live_components_alone(norm):
+    mask = np.array([1.0, 0, 1, 0, 0, 1])
+    grads, masks = factors({"one": (7, 5)}, mask)
+    a, b = (np.asarray(leaf, np.float64) for leaf in (grads["one"].a[:, mask > 0], grads["one"].b[mask > 0]))
+    by_name = {
+        "rms": np.sqrt((a**2).mean()) * np.sqrt((b**2).mean()) * np.sqrt(3),
+        "frobenius": np.sqrt(np.linalg.norm(a) * np.linalg.norm(b)) * np.sqrt(3),
+    }
+    np.testing.assert_allclose(gradient_importance(grads, masks, norm)["one"], by_name[norm], rtol=1e-6)
+    # A compacted site is as important as the masked one.
+    small = {"one": jp.Lora(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 1.0)}
+    compact = gradient_importance(small, {"one": jnp.ones(3)}, norm)["one"]
+    np.testing.assert_allclose(compact, by_name[norm], rtol=1e-6)
+
+
+def test_small_gradients_keep_their_importance():
+    """Mean squares of 1e-26 each: their product is below float32, the product of their roots is not."""
+    grads, masks = factors({"one": (7, 5)}, np.ones(3))
+    tiny = jax.tree.map(lambda leaf: 1e-13 * leaf, grads)
+    whole = gradient_importance(grads, masks)["one"]
+    np.testing.assert_allclose(gradient_importance(tiny, masks)["one"], 1e-26 * whole, rtol=1e-5)
+
+
+def decided(sizes, rank, importance, target=0.5, steps=1, **settings):
+    """Decide the first event of a run that starts with `rank` at every site, with what was measured given."""
+    sites = [jp.sites.site_at(path, *size) for path, size in sizes.items()]
+    method = jp.dplora(**{**SETTINGS, "events": 1, "target": target, **settings})
+    adapters, masks = jp.init_lora(jax.random.key(0), sites, dict.fromkeys(sizes, rank))
+    state = method.init(adapters, masks, sites)
+    total = {path: jnp.float32(value) for path, value in importance.items()}
+    after, decision = method.decide(state._replace(total=total, steps=jnp.int32(steps)), adapters, masks, 12, None)
+    assert int(after.event) == 1 and set(after.importance) == set(sizes)
+    assert all(np.isfinite(value).all() for value in after.importance.values())
+    return decision
+
+
+def test_an_event_never_ends_a_run():
+    """Where there is nothing to decide by, or no plan fits, ranks stay and the report says why."""
+    alike = {"a/fc1": (4, 4), "b/fc1": (4, 4), "a/fc2": (4, 4)}
+    for value in (0.0, np.nan, np.inf):
+        decision = decided(alike, 4, dict.fromkeys(alike, value))
+        assert decision.masks == {} and decision.report["budget"] == 48 and decision.report["event"] == 1
+        assert decision.report["status"].startswith("The ranks stay as they are: no importance is finite and above 0")
+    one = decided(alike, 4, {"a/fc1": np.nan, "b/fc1": 1.0, "a/fc2": 2.0})
+    assert one.report["budget"] == 48 and set(one.masks) <= set(alike) and one.masks
+    # Of ranks 0 and 4, each type needs one site at 4, which takes 64 parameters of 48.
+    without_1 = decided(alike, 4, dict.fromkeys(alike, 1.0), ranks=(0, 4))
+    assert without_1.masks == {} and "no plan fits a budget of 48 adapter parameters" in without_1.report["status"]
+    # One type whose only site left is the large one, so that a rank takes more than the budget.
+    uneven = {"a/fc1": (40, 40)}
+    left = decided(uneven, 1, {"a/fc1": 1.0}, target=0.9)
+    assert left.masks == {} and "needs a rank above 0, which takes at least 80" in left.report["status"]
+
+
+def test_a_first_event_that_measured_nothing_leaves_no_trace():
+    """The first measurement stands alone, whenever it comes."""
+    sites = ("a/fc1", "b/fc1")
+    method = jp.dplora(**{**SETTINGS, "ema_decay": 0.9})
+    adapters, masks = jp.init_lora(
+        jax.random.key(0), [jp.sites.site_at(path, 4, 4) for path in sites], dict.fromkeys(sites, 4)
+    )
+    state = method.init(adapters, masks, ())
+    for step, values in ((6, (0.0, 0.0)), (12, (3.0, 5.0)), (18, (4.0, 5.0))):
+        total = dict(zip(sites, map(jnp.float32, values), strict=True))
+        state, _ = method.decide(state._replace(total=total, steps=jnp.int32(1)), adapters, masks, step, None)
+    assert [float(state.importance[path]) for path in sites] == pytest.approx([0.9 * 3 + 0.1 * 4, 5])
+
+
+def test_candidates_without_1_are_counted_before_training():
+    with pytest.raises(
+        jp.UsageError, match="would leave 23 adapter parameters, and a rank for each type of site takes 40"
+    ):
+        jp.dplora(**{**SETTINGS, "target": 0.9}).start(world()[3])
+    with pytest.raises(jp.UsageError, match="and a rank for each type of site takes 160"):
+        jp.dplora(**{**SETTINGS, "target": 0.5, "ranks": (0, 4)}).start(world()[3])
+
+
+def test_each_sample_has_dropout_of_its_own():
+    keys = []
+
+    def noisy(apply, batch, key):
+        jax.debug.callback(lambda k: keys.append(tuple(np.asarray(k).ravel().tolist())), jax.random.key_data(key))
+        return loss_fn(apply, batch, key)
+
+    params, sites, forward, context, batch = world()
+    context = context._replace(loss_fn=noisy, samples=[{"x": batch["x"][:, None]}] * 2)
+    method = jp.dplora(**SETTINGS, importance="samples")
+    start = method.start(context._replace(loss_fn=loss_fn))
+    method.decide(method.init(start.adapters, start.masks, sites), start.adapters, start.masks, 6, context)
+    jax.effects_barrier()
+    assert len(set(keys)) == 2 * len(batch["x"])
+
+
 def test_the_moving_average_and_what_it_measures():
     """I <- beta I + (1 - beta) I_new over the steps since the last event, the first event taking I_new alone."""
     beta, sums, count, expected = 0.25, {}, 0, None
@@ -148,6 +253,7 @@ def test_another_schedule_prunes_at_another_pace():
         (dict(ema_decay=-0.1), "ema_decay -0.1 is out of range"),
         (dict(events=0), "events 0 is out of range"),
         (dict(events=30), "at most 23 events"),
+        (dict(norm="l1"), "expected one of rms, frobenius"),
         (dict(recovery_steps=6), "recovery of 6 steps does not fit between events 6 steps apart"),
         (dict(importance="gradient"), "expected one of training, samples"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def started(form="plain", **settings):
 
 
 def brute_force(context, adapters):
-    """Run the tower by hand in float64: {(layer, type): sum of |s x A B|^2}."""
+    """Run the tower by hand in float64: {(layer, type): mean over tokens of |s x A B|^2}."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(context.params))
     total = {}
     for batch in context.batches:
@@ -53,7 +54,7 @@ def brute_force(context, adapters):
                 lora = adapters[f"layers/{kind}" if stacked else f"layer_{layer}/{kind}"]
                 pick = lambda leaf: np.asarray(leaf, np.float64)[layer] if stacked else np.asarray(leaf, np.float64)  # noqa: B023, E731
                 out = lora.scale * x @ pick(lora.a) @ pick(lora.b)
-                total[layer, kind] = total.get((layer, kind), 0) + (out**2).sum()
+                total[layer, kind] = total.get((layer, kind), 0) + (out**2).sum(-1).mean() / len(context.batches)
                 x = x @ pick(of["kernel"]) + pick(of["bias"]) + out
                 x = np.tanh(x) if kind == "fc1" else x
             h = h + x
@@ -67,6 +68,31 @@ def test_importance_by_brute_force(form):
     for (layer, kind), value in brute_force(context, adapters).items():
         mine = got[f"layers/{kind}"][layer] if form == "scan" else got[f"layer_{layer}/{kind}"]
         np.testing.assert_allclose(mine, value, rtol=1e-4)
+
+
+def test_a_layer_that_sees_few_tokens_is_not_small_for_that():
+    """The upper layer sees one token of five: with equal outputs at every token, equal importance."""
+    params = {f"layer_{i}": {"fc": {"kernel": jnp.eye(4)}} for i in range(2)}
+    sites, x = jp.find_sites(params), jnp.ones((3, 5, 4))
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            low = Layer(name="layer_0")(x)
+            return Layer(name="layer_1")(x[:, :1]) + low[:, :1]
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, use_bias=False, name="fc")(x)
+
+    context = jp.Context(jax.random.key(3), params, sites, jp.attach(Two()), loss_fn, [x])
+    start = jp.loradrop(rank=2, measure_at=3).start(context)
+    lora = start.adapters["layer_0/fc"]
+    same = dict.fromkeys(start.adapters, dataclasses.replace(lora, b=lora.b + 1))
+    found = output_importance(context, same, start.masks)
+    np.testing.assert_allclose(found["layer_1/fc"], found["layer_0/fc"], rtol=1e-6)
+    assert found["layer_0/fc"] > 0
 
 
 def pruned(form, optimizer, **settings):
