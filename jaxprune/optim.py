@@ -235,8 +235,16 @@ def _follows(chain: optax.GradientTransformation, adapters: Adapters, masks: Mas
 
     def small(rank: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         ranks = {path: np.ones((*mask.shape[:-1], rank), np.float32) for path, mask in masks.items()}
-        shape = lambda path, name, x: jax.ShapeDtypeStruct(_with_rank(adapters[path], name, x, rank), x.dtype)  # noqa: E731
-        return _by_leaf({p: x for p, x in adapters.items()}, shape), ranks
+
+        def shape(path: str, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+            # Sides are longer than ranks, as those of kernels are; a stacked site has as many layers as its mask.
+            sides, axes = [5] * leaf.ndim, getattr(adapters[path], "rank_axes", {})
+            if path in masks and name in axes:
+                sides[: masks[path].ndim - 1] = masks[path].shape[:-1]
+                sides[axes[name]] = rank
+            return jax.ShapeDtypeStruct(tuple(sides), leaf.dtype)
+
+        return _by_leaf(adapters, shape), ranks
 
     def update(adapters: Any, state: Any) -> Any:
         return chain.update(adapters, state, adapters)
@@ -259,16 +267,6 @@ def _follows(chain: optax.GradientTransformation, adapters: Adapters, masks: Mas
                 ranks[next(iter(ranks))][:] = 0
             jax.eval_shape(compacted(ranks), shapes)
     return programs[0] == programs[1] and not any("random" in name or "threefry" in name for name, *_ in programs[0])
-
-
-def _with_rank(adapter: Any, name: str, leaf: Any, rank: int) -> tuple[int, ...]:
-    """Return a small shape of as many axes with `rank` components; sides are longer, as those of kernels are."""
-    shape = [5] * leaf.ndim
-    axes = getattr(adapter, "rank_axes", {})
-    if name in axes:
-        shape[: leaf.ndim - 2] = leaf.shape[: leaf.ndim - 2]
-        shape[axes[name]] = rank
-    return tuple(shape)
 
 
 def _operations(jaxpr: Any) -> Iterator[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -379,9 +380,11 @@ def fit(
       log: called with every step's number (1, 2, ...) and its metrics as floats.
       pause_at: `pause_at(number)` says whether to pause after a step.
       pause: `pause(number, state) -> (state, note)`: called with the step's number and the state it left, to evaluate, to
-        save or to prune; training goes on with the state it returns, and the note is shown on the progress bar.
+        save or to prune; training goes on with the state it returns. The note is shown on the progress bar, and where that is
+        no terminal on a line of its own.
       stop: asked after every step; when it says yes the loop ends early, with every step launched so far done.
-      progress: show one progress bar with loss, rate and time left.
+      progress: show one progress bar with loss, rate and time left, as wide as the terminal. Compiling counts for neither rate
+        nor time left.
 
     Raises:
       NonFiniteError: a loss or gradient is NaN or infinite.
@@ -401,8 +404,17 @@ def fit(
     number = int(state.step)
     pending: collections.deque = collections.deque()
     # A terminal is redrawn; a log file gets a line every quarter of a minute.
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    bar = tqdm(total=total, initial=number, unit="step", disable=not progress, mininterval=interval, ncols=100)
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        initial=number,
+        unit="step",
+        disable=not progress,
+        mininterval=0.2 if terminal else 15.0,
+        dynamic_ncols=True,
+    )
+    shapes = lambda: tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(state.adapters))  # noqa: E731
+    ranks, compiled = shapes(), set()
 
     def settle() -> None:
         done, launched = pending.popleft()
@@ -422,16 +434,26 @@ def fit(
     postfix: dict[str, str] = {}
     with bar:
         for batch in batches:
+            started = time.time()
             state, metrics = step(params, state, batch)
             number += 1
             pending.append((number, metrics))
+            program = (ranks, *(jnp.shape(leaf) for leaf in jax.tree.leaves(batch)))
+            if progress and program not in compiled:
+                # Its first step waited for the compilation, which says nothing of the steps to come.
+                compiled.add(program)
+                bar.start_t += time.time() - started
+                bar.last_print_t = time.time()
             while len(pending) > (0 if pause_at(number) else 1):
                 settle()
             if pause_at(number):
                 state, note = pause(number, state)
-                names = [*leaf_names(state.adapters), "the loss"]
+                names, ranks = [*leaf_names(state.adapters), "the loss"], shapes()
                 if note:
                     postfix["eval"] = note
+                    bar.set_postfix(postfix, refresh=False)
+                    if progress and not terminal:
+                        bar.write(f"step {number:,} of {total:,}: {note}", file=sys.stderr)
             if stop():
                 break
         while pending:

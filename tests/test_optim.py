@@ -19,16 +19,16 @@ from tests.tower import begin
 RATE, DECAY = 1e-2, 0.1
 
 
-def gated(scale=1.0):
+def gated(scale=1.0, layers=()):
     draw = np.random.default_rng(0)
     leaf = lambda *shape: jnp.asarray(scale * draw.normal(size=shape), jnp.float32)  # noqa: E731
-    sites = {f"layer_{i}/fc1": Gated(leaf(5, 3), leaf(3), leaf(3, 4), 2.0) for i in range(2)}
+    sites = {f"layer_{i}/fc1": Gated(leaf(*layers, 5, 3), leaf(*layers, 3), leaf(*layers, 3, 4), 2.0) for i in range(2)}
     weights = {"head/kernel": jp.Weight(leaf(4, 2)), "head/bias": jp.Weight(leaf(2)), "norm/scale": jp.Weight(leaf(4))}
     return {**sites, **weights}
 
 
 def masks_of(adapters):
-    return {path: jnp.ones(3) for path, x in adapters.items() if isinstance(x, Gated)}
+    return {path: jnp.ones_like(x.gate) for path, x in adapters.items() if isinstance(x, Gated)}
 
 
 def adam(w, g, m, v, n, decay):
@@ -197,6 +197,11 @@ def test_a_chain_that_cannot_follow_is_refused_before_training(name):
         jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, jp.prunedlora(rank=3, target=1))
     assert "\n" not in str(caught.value)
     jp.init_state(jax.random.key(0), start.adapters, start.masks, make(start.adapters), jp.lora(rank=3))
+
+
+def test_stacked_sites_follow_too():
+    adapters = gated(layers=(2,))
+    check_prunable(optax.adamw(RATE), adapters, masks_of(adapters))
 
 
 def test_it_is_found_out_once():
