@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ import optax
 from experiments.config import USES, GlueConfig
 from experiments.settings import further, kinds
 from jaxprune import methods, schedules
-from jaxprune.adapters.base import leaves_of
 from jaxprune.errors import UsageError
 from jaxprune.methods import Method
 from jaxprune.methods.channelmask import stage_end
@@ -120,27 +118,6 @@ def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: GlueConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return AdamW behind clipping by the global norm.
-
-    Leaves that a kind of adapter names in `undecayed` have no weight decay, those in `rate` a learning rate of their own.
-    """
+    """Return AdamW behind clipping by the global norm."""
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
-    parts.append(optax.adamw(schedule, weight_decay=config.weight_decay or 0.0, mask=_decayed))
-    return optax.chain(*parts, optax.stateless(lambda updates, params: _at_own_rates(updates)))
-
-
-def _decayed(tree: Any) -> Any:
-    return _by_leaf(tree, lambda adapter, name, leaf: name not in getattr(adapter, "undecayed", ()))
-
-
-def _at_own_rates(updates: Any) -> Any:
-    if not any(getattr(adapter, "rate", {}) for adapter in updates.values()):
-        return updates
-    return _by_leaf(updates, lambda adapter, name, leaf: leaf * getattr(adapter, "rate", {}).get(name, 1.0))
-
-
-def _by_leaf(tree: Any, f: Any) -> Any:
-    return {
-        path: dataclasses.replace(adapter, **{name: f(adapter, name, x) for name, x in leaves_of(adapter).items()})
-        for path, adapter in tree.items()
-    }
+    return optax.chain(*parts, optax.adamw(schedule, weight_decay=config.weight_decay or 0.0))

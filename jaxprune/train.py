@@ -6,19 +6,22 @@ import collections
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.adapters.base import check_key, check_mappings, check_mask, leaves_of
+from jaxprune.adapters.base import check_key, check_mappings, check_mask
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import whole
 from jaxprune.methods.base import Context, Method
+from jaxprune.optim import check_prunable, tailored
 from jaxprune.prune import Decision, apply, compact, survivors, zero_dead
 from jaxprune.sites import Site
 
@@ -64,7 +67,8 @@ def init_state(
         that are on one device go to all of them, whole.
 
     Raises:
-      UsageError: an argument is of another kind, or a mask does not fit its adapter.
+      UsageError: an argument is of another kind, a mask does not fit its adapter, or the optimizer cannot do what adapters or
+        a method that prunes ask of it (`jaxprune.optim`).
     """
     check_key(key)
     check_mappings(adapters, masks)
@@ -75,8 +79,10 @@ def init_state(
                 f"the adapter at {shown(path)} is {shown(adapter)}; expected one that init_lora or a method made"
             )
         check_mask(path, adapter, masks.get(path))
+    if method and method.decide and masks:
+        check_prunable(optimizer, adapters, masks)
     method_state = method.init(adapters, masks, sites) if method else ()
-    opt_state = only_trained(optimizer, adapters).init(adapters)
+    opt_state = tailored(optimizer, adapters).init(adapters)
     return place(TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key), mesh=mesh)
 
 
@@ -94,7 +100,7 @@ def place(state: TrainState, where: TrainState | None = None, *, mesh: jax.shard
     Raises:
       UsageError: a leaf cannot be divided as the one of the same name is.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):  # which lies nowhere yet
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):  # which lies nowhere yet
         return jax.tree.map(_strong, state)
     names, leaves = leaf_names(state), [x if isinstance(x, jax.Array) else jnp.array(x) for x in jax.tree.leaves(state)]
     known = {}
@@ -140,26 +146,6 @@ def _check_parts(optimizer: Any, method: Any) -> None:
         )
 
 
-def only_trained(optimizer: optax.GradientTransformation, adapters: Adapters) -> optax.GradientTransformation:
-    """Keep an optimizer off the leaves that a kind of adapter names in `frozen`: no moments, no update.
-
-    Their gradients must be zero, as `jax.lax.stop_gradient` in the adapter's forward pass makes them. Without such leaves
-    this is the optimizer itself.
-    """
-    if not any(getattr(adapter, "frozen", ()) for adapter in adapters.values()):
-        return optimizer
-
-    def trained(tree: Any) -> Any:
-        return {
-            path: dataclasses.replace(
-                adapter, **{name: name not in getattr(adapter, "frozen", ()) for name in leaves_of(adapter)}
-            )
-            for path, adapter in tree.items()
-        }
-
-    return optax.masked(optimizer, trained)
-
-
 def prune(
     state: TrainState,
     method: Method,
@@ -186,7 +172,7 @@ def prune(
     method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), context)
     new = state._replace(method_state=method_state)
     if decision is not None:
-        chain = only_trained(optimizer, state.adapters)
+        chain = tailored(optimizer, state.adapters)
         adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
         new = new._replace(adapters=adapters, masks=masks, opt_state=opt_state)
     return place(new, state), decision
@@ -200,7 +186,7 @@ def compacted(state: TrainState, method: Method | None, optimizer: optax.Gradien
       method: its `compact` handles its own state.
       optimizer: the chain that `init_state` got.
     """
-    chain = only_trained(optimizer, state.adapters)
+    chain = tailored(optimizer, state.adapters)
     kept = survivors(state.masks)
     adapters, masks, opt_state = compact(state.adapters, state.masks, state.opt_state, chain)
     method_state = method.compact(state.method_state, kept) if method else state.method_state
@@ -303,7 +289,7 @@ def make_step(
             )
         else:
             value, grads, method_state = observed(state, params, batch, key, None)
-        chain = only_trained(optimizer, state.adapters)
+        chain = tailored(optimizer, state.adapters)
         updates, opt_state = chain.update(grads, state.opt_state, state.adapters)
         adapters: Any = optax.apply_updates(state.adapters, updates)
         if method and method.project:
@@ -394,9 +380,11 @@ def fit(
       log: called with every step's number (1, 2, ...) and its metrics as floats.
       pause_at: `pause_at(number)` says whether to pause after a step.
       pause: `pause(number, state) -> (state, note)`: called with the step's number and the state it left, to evaluate, to
-        save or to prune; training goes on with the state it returns, and the note is shown on the progress bar.
+        save or to prune; training goes on with the state it returns. The note is shown on the progress bar, and where that is
+        no terminal on a line of its own.
       stop: asked after every step; when it says yes the loop ends early, with every step launched so far done.
-      progress: show one progress bar with loss, rate and time left.
+      progress: show one progress bar with loss, rate and time left, as wide as the terminal. Compiling counts for neither rate
+        nor time left.
 
     Raises:
       NonFiniteError: a loss or gradient is NaN or infinite.
@@ -416,8 +404,17 @@ def fit(
     number = int(state.step)
     pending: collections.deque = collections.deque()
     # A terminal is redrawn; a log file gets a line every quarter of a minute.
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    bar = tqdm(total=total, initial=number, unit="step", disable=not progress, mininterval=interval, ncols=100)
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        initial=number,
+        unit="step",
+        disable=not progress,
+        mininterval=0.2 if terminal else 15.0,
+        dynamic_ncols=True,
+    )
+    shapes = lambda: tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(state.adapters))  # noqa: E731
+    ranks, compiled = shapes(), set()
 
     def settle() -> None:
         done, launched = pending.popleft()
@@ -437,16 +434,26 @@ def fit(
     postfix: dict[str, str] = {}
     with bar:
         for batch in batches:
+            started = time.time()
             state, metrics = step(params, state, batch)
             number += 1
             pending.append((number, metrics))
+            program = (ranks, *(jnp.shape(leaf) for leaf in jax.tree.leaves(batch)))
+            if progress and program not in compiled:
+                # Its first step waited for the compilation, which says nothing of the steps to come.
+                compiled.add(program)
+                bar.start_t += time.time() - started
+                bar.last_print_t = time.time()
             while len(pending) > (0 if pause_at(number) else 1):
                 settle()
             if pause_at(number):
                 state, note = pause(number, state)
-                names = [*leaf_names(state.adapters), "the loss"]
+                names, ranks = [*leaf_names(state.adapters), "the loss"], shapes()
                 if note:
                     postfix["eval"] = note
+                    bar.set_postfix(postfix, refresh=False)
+                    if progress and not terminal:
+                        bar.write(f"step {number:,} of {total:,}: {note}", file=sys.stderr)
             if stop():
                 break
         while pending:

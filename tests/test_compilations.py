@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune.train import leaf_names, place
 from tests.tower import begin
 
 STEPS = 40
@@ -34,9 +35,9 @@ class Compiled:
         self.names = []
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event, seconds, fun_name="", **_):
+    def _heard(self, event, duration_secs, **about):
         if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(fun_name)
+            self.names.append(about.get("fun_name"))
 
     def steps(self):
         return self.names.count("jit(step)")
@@ -78,8 +79,9 @@ def divided(folder):
     named = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     # Compensation sums products, and a divided sum has other roundings.
-    world = begin(RUNS["prunedlora"](compensate="none"), optimizer=optax.adamw(1e-2, weight_decay=0.1))
-    method, optimizer = world.method, world.optimizer
+    method = jp.prunedlora(rank=8, target=2, interval=3, compensate="none")
+    world = begin(method, optimizer=optax.adamw(1e-2, weight_decay=0.1))
+    optimizer = world.optimizer
 
     def split(lora):
         along = [jax.device_put(leaf, named(*spec)) for leaf, spec in ((lora.a, ("y", None)), (lora.b, (None, "y")))]
@@ -90,7 +92,7 @@ def divided(folder):
     first, compiled = wide, Compiled()
 
     def check(state):
-        for name, leaf in zip(jp.train.leaf_names(state), jax.tree.leaves(state), strict=True):
+        for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
             lora = leaf.ndim == 2 and ".method_state" not in name
             want = named() if not lora else named("y", None) if name.endswith(".a") else named(None, "y")
             assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (name, leaf.sharding)
@@ -101,7 +103,7 @@ def divided(folder):
         check(wide)
     assert compiled.steps() == 1
     one = jax.tree.map(jnp.array, jax.device_get(wide._replace(key=jax.random.key_data(wide.key))))
-    one = jp.train.place(one._replace(key=world.state.key))
+    one = place(one._replace(key=world.state.key))
     with jp.Checkpoints(folder) as checkpoints:
         checkpoints.save(wide)
     back = jp.Checkpoints(folder).restore(optimizer, method, world.context.sites, where=first)

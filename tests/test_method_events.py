@@ -10,7 +10,6 @@ import pytest
 import jaxprune as jp
 from jaxprune.prune import zero_dead
 from jaxprune.prune.components import along, map_moments
-from jaxprune.train import only_trained
 from tests.test_methods import METHODS
 from tests.tower import begin
 

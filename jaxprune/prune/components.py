@@ -48,11 +48,11 @@ def map_adapters(f: Callable[[Any, Place], Any], adapters: Adapters) -> dict[str
 def map_moments(f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapters) -> Any:
     """Apply `f(leaf, place)` to every leaf of an optimizer's state that belongs to a leaf of the adapters.
 
-    A leaf belongs where its own path ends, [site path].field. Step counts and other leaves that belong to none are kept. A
-    scalar that stands for a whole leaf is kept too.
+    A leaf belongs to [site path].field where its own path says so. Step counts and other leaves that belong to none are kept. A
+    scalar that stands for a whole leaf has no components.
 
     Raises:
-      UsageError: a leaf of the state has neither the shape of its adapter's leaf nor a single entry.
+      UsageError: a leaf of the state has neither the shape of its adapter's leaf, which has components, nor a single entry.
     """
     whose = {
         (jax.tree_util.DictKey(path), jax.tree_util.GetAttrKey(name)): at
@@ -61,26 +61,20 @@ def map_moments(f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapte
     }
 
     def one(keys: tuple[Any, ...], leaf: Any) -> Any:
-        at = whose.get(keys[-2:])
+        # A chain may keep several leaves for one, below its path.
+        at = next((whose[pair] for pair in zip(keys, keys[1:], strict=False) if pair in whose), None)
         if at is None:
-            inside = next((whose[pair] for pair in zip(keys, keys[1:], strict=False) if pair in whose), None)
-            if inside is None:
-                return leaf
-            raise _untold(leaf, inside)
-        if np.size(leaf) <= 1 and leaf.shape != at.shape:
+            return leaf
+        if leaf.shape == at.shape:
+            return f(leaf, at)
+        if np.size(leaf) <= 1 or at.axis is None:
             return f(leaf, at._replace(axis=None))
-        if leaf.shape != at.shape:
-            raise _untold(leaf, at)
-        return f(leaf, at)
+        raise UsageError(
+            f"the optimizer keeps a leaf of shape {leaf.shape} for {at.field} of {at.path!r}, which has shape {at.shape}, so its "
+            f"components cannot be told; use an optimizer whose moments are not factored"
+        )
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
-
-
-def _untold(leaf: Any, at: Place) -> UsageError:
-    return UsageError(
-        f"the optimizer keeps a leaf of shape {leaf.shape} for {at.field} of {at.path!r}, which has shape {at.shape}, so its "
-        f"components cannot be told; use an optimizer whose moments are not factored"
-    )
 
 
 class _Dropped:

@@ -184,13 +184,7 @@ def test_as_many_parameters_as_the_paper(layers, parameters):
 def test_stage_one_learns_masks_and_stage_two_keeps_them():
     method = jp.channelmask(total_steps=16, channels=("fc1",), rank=2, lam=3.0, start_logit=0.5)
     context, start, batch = started(method, "scan")
-    # Ten times the rate for the logits, and no decay, as the class asks for.
-    label = lambda path, leaf: path[-1].name in MaskedDora.undecayed  # noqa: E731
-    labels = jax.tree_util.tree_map_with_path(label, dict(start.adapters))
-    factor = MaskedDora.rate["logits"]
-    optimizer = optax.multi_transform(
-        {False: optax.adamw(0.03, weight_decay=0.1), True: optax.adam(0.03 * factor)}, lambda tree: labels
-    )
+    optimizer = optax.adamw(0.03, weight_decay=0.1)
     state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method, context.sites)
     step = jp.make_step(context.forward, loss_fn, optimizer, method, donate=False)
     gates, decisions = [], []
