@@ -102,17 +102,19 @@ def _run(
     use_compilation_cache()
     waits = Waits()
     say("loading", config.model)
-    model = load_classifier(
-        config.model,
-        num_labels=task.num_labels,
-        regression=task.regression,
-        dtype=jnp.dtype(config.dtype),
-        seed=config.seed,
-    )
+    with clock.timing("load"):
+        model = load_classifier(
+            config.model,
+            num_labels=task.num_labels,
+            regression=task.regression,
+            dtype=jnp.dtype(config.dtype),
+            seed=config.seed,
+        )
     say("model", f"{config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
     sites = find_sites(model.params, config.target_patterns())
     say("loading", f"{task.name}: rows and their tokens")
-    data = load_data(config, task, model)
+    with clock.timing("load"):
+        data = load_data(config, task, model)
     say(
         "data",
         f"{task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
