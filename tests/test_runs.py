@@ -27,7 +27,8 @@ def left(tiny_bert, tmp_path_factory):  # noqa: F811
         beside={PREDICT: reading.content()},
     )  # fmt: skip
     model = load_classifier(tiny_bert, num_labels=2, seed=3)
-    adapters, masks = init_bottleneck(
+    sites = find_sites(model.params)[:3]
+    adapters, masks = init_bottleneck(jax.random.key(0), sites, {site.path: 2 for site in sites})
         jax.random.key(0), find_sites(model.params)[:3], {s.path: 2 for s in find_sites(model.params)[:3]}
     )
     masks = {path: mask.at[0].set(0.0) for path, mask in masks.items()}
