@@ -29,8 +29,6 @@ def left(tiny_bert, tmp_path_factory):  # noqa: F811
     model = load_classifier(tiny_bert, num_labels=2, seed=3)
     sites = find_sites(model.params)[:3]
     adapters, masks = init_bottleneck(jax.random.key(0), sites, {site.path: 2 for site in sites})
-        jax.random.key(0), find_sites(model.params)[:3], {s.path: 2 for s in find_sites(model.params)[:3]}
-    )
     masks = {path: mask.at[0].set(0.0) for path, mask in masks.items()}
     heads = {f"head/out/{name}": Weight(leaf) for name, leaf in model.params["head"]["out"].items()}
     beside = {PREDICT: Reading(str(tiny_bert), ("text",), ("no", "yes"), 10, "float32").content()}
