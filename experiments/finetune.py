@@ -22,7 +22,7 @@ from experiments import settings_file
 from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
 from experiments.cli import parse
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
-from experiments.console import Waits, said, say
+from experiments.console import Waits, say
 from experiments.data import load_task
 from experiments.device import device, idle_accelerator
 from experiments.folder import Folder
@@ -205,7 +205,9 @@ def _run(
             save(state)
         if found:
             found[-1] += loss
-        return state, "\n".join(said(f"step {number:,}", text) for text in found)
+        for text in found:
+            say(f"step {number:,}", text)
+        return state, ""
 
     pruner.begin(int(state.step))
     say("compiling", f"the training step; {steps - int(state.step):,} steps follow")

@@ -14,7 +14,7 @@ def test_lines_fit_a_terminal_and_stay_whole_in_a_file():
     assert lines[0].startswith("loading    a path") and all(line.startswith(" " * 11) for line in lines[1:])
     assert max(map(len, lines)) <= 40 and "/with/a-name/of-many/parts" in " ".join(lines).split()
     assert " ".join(" ".join(lines).split()) == " ".join(f"loading {text}".split())
-    assert laid_out("step 1,000,000", "x" * 500, None) == f"step 1,000,000{'x' * 500}"
+    assert laid_out("step 1,000,000", "x" * 500, None) == f"step 1,000,000 {'x' * 500}"
 
 
 def test_a_wait_is_said_once_unless_it_is_long(capsys, monkeypatch):
