@@ -313,7 +313,10 @@ class GlueConfig:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON gives them back."""
-        return json.loads(json.dumps(vars(self), default=str))
+        known = {
+            name: value for name, value in vars(self).items() if name != "config"
+        }  # which is no setting but a source
+        return json.loads(json.dumps(known, default=str))
 
     def differences(self, other: Mapping[str, Any]) -> str:
         """Name the settings in which a run with the plain settings `other` is another run; nothing where it is this one.

@@ -15,7 +15,7 @@ _INDENT = 11
 
 def laid_out(word: str, text: str, width: int | None) -> str:
     """Return a line, or with a width the lines it is folded into, words and paths kept whole."""
-    first = f"{word:<{_INDENT}}"
+    first = f"{f'{word} ':<{_INDENT}}"  # a long word too has a space behind it
     if width is None:
         return f"{first}{text}"
     return textwrap.fill(
@@ -24,16 +24,12 @@ def laid_out(word: str, text: str, width: int | None) -> str:
     )  # fmt: skip
 
 
-def said(word: str, text: str) -> str:
-    """Lay a line out for standard output: folded in a terminal, one line in a file or a pipe."""
-    return laid_out(word, text, shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else None)
-
-
 def say(word: str, text: str) -> None:
-    """Print a line, above the progress bar where there is one: what begins now, or what has happened."""
+    """Print what begins now or has happened, above the progress bar: folded in a terminal, one line in a file or a pipe."""
     from tqdm import tqdm
 
-    tqdm.write(said(word, text), file=sys.stdout)
+    width = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else None
+    tqdm.write(laid_out(word, text, width), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -22,7 +22,7 @@ from experiments import settings_file
 from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
 from experiments.cli import parse
 from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
-from experiments.console import Waits, said, say
+from experiments.console import Waits, say
 from experiments.data import load_task
 from experiments.device import device, idle_accelerator
 from experiments.folder import Folder
@@ -102,17 +102,19 @@ def _run(
     use_compilation_cache()
     waits = Waits()
     say("loading", config.model)
-    model = load_classifier(
-        config.model,
-        num_labels=task.num_labels,
-        regression=task.regression,
-        dtype=jnp.dtype(config.dtype),
-        seed=config.seed,
-    )
+    with clock.timing("load"):
+        model = load_classifier(
+            config.model,
+            num_labels=task.num_labels,
+            regression=task.regression,
+            dtype=jnp.dtype(config.dtype),
+            seed=config.seed,
+        )
     say("model", f"{config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
     sites = find_sites(model.params, config.target_patterns())
     say("loading", f"{task.name}: rows and their tokens")
-    data = load_data(config, task, model)
+    with clock.timing("load"):
+        data = load_data(config, task, model)
     say(
         "data",
         f"{task.name}: {data.examples:,} training examples in rows of {data.train.shapes[0][1]} tokens, "
@@ -203,7 +205,9 @@ def _run(
             save(state)
         if found:
             found[-1] += loss
-        return state, "\n".join(said(f"step {number:,}", text) for text in found)
+        for text in found:
+            say(f"step {number:,}", text)
+        return state, ""
 
     pruner.begin(int(state.step))
     say("compiling", f"the training step; {steps - int(state.step):,} steps follow")

@@ -28,8 +28,8 @@ from jaxprune.sites import Site, flatten
 from jaxprune.train import TrainState
 
 _SPENT = {
-    "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning", "eval": "evaluating",
-    "save": "saving",
+    "load": "loading", "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning",
+    "eval": "evaluating", "save": "saving",
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def write(run: Finished) -> dict[str, Any]:
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
         "steps": int(run.state.step), "events": events, "device": device(),
+        "command": ["python", "-m", "experiments.glue", "--config", str(folder.path / "config.yaml")],
     }  # fmt: skip
     if plan and plan["gap"] is not None:
         summary["allocation"] = plan

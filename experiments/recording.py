@@ -38,7 +38,7 @@ class Clock:
     """Add up the seconds spent under each name; compilation is what JAX itself reports."""
 
     def __init__(self) -> None:
-        self.seconds = {name: 0.0 for name in ("train", "compile", "allocate", "eval", "prune", "save")}
+        self.seconds = {name: 0.0 for name in ("load", "train", "compile", "allocate", "eval", "prune", "save")}
         self.cached = 0.0  # what compilations found in the cache would have taken
         self._open: list[str] = []  # names being timed, the innermost last
         self._start = self._mark = time.perf_counter()
@@ -83,7 +83,7 @@ class Clock:
         """Count what a run took before it was resumed, as `total` said then."""
         self._count()
         for name in self.seconds:
-            self.seconds[name] += before[name]
+            self.seconds[name] += before.get(name, 0.0)  # an earlier version did not count loading
         self._compiled += before["compile"]
         self._start -= before["total"]
 

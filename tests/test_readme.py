@@ -20,6 +20,10 @@ def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
         said.append(capsys.readouterr().out)
     assert "Optimal" in said[0] and "adapter parameters left" in said[1] and len(said) == 3
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # of three
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     # Its own method kept 4 of 8 components everywhere.
     assert set(adapter.rank for adapter in names["state"].adapters.values()) == {4}
 

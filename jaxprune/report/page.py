@@ -67,6 +67,7 @@ def write_page(folder: str | os.PathLike[str]) -> None:
     title = _title(summary) or folder.absolute().name
     seed, steps = summary.get("seed"), summary.get("steps")
     said = [f"seed {seed}" * (seed is not None), f"{_text(steps)} optimiser steps" * (steps is not None)]
+    said.append(f"computed on {summary.get('device')}" * (summary.get("device") is not None))
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(', '.join(filter(None, said)))}</p>",
@@ -78,8 +79,8 @@ def write_page(folder: str | os.PathLike[str]) -> None:
         _seconds(summary.dict("seconds")),
         _command(summary.get("command")),
         # Settings as they were given: a seed of 2025, not 2,025.
-        _pairs("Settings", {key: str(v) if _is_number(v) else v for key, v in summary.dict("config").items()}),
-        _pairs("Versions", summary.dict("versions")),
+        _folded("Settings", {key: str(v) if _is_number(v) else v for key, v in summary.dict("config").items()}),
+        _folded("Versions", summary.dict("versions")),
     ]
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -230,7 +231,7 @@ def _evaluations(path: Path) -> str:
         return ""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(keys, [[_score(row.get(key)) for key in keys] for row in rows])
-    return f"<details><summary>Evaluations ({len(rows)})</summary>{table}</details>"
+    return _details(f"Evaluations ({len(rows)})", table)
 
 
 def _seconds(seconds: Mapping[str, Any]) -> str:
@@ -253,6 +254,15 @@ def _command(command: Any) -> str:
 def _pairs(heading: str, values: Mapping[str, Any]) -> str:
     rows = [[name, value] for name, value in values.items()]
     return _section(heading, _table([], rows)) if rows else ""
+
+
+def _folded(heading: str, values: Mapping[str, Any]) -> str:
+    """Return a table of names and values that opens on a click."""
+    return _details(heading, _table([], list(values.items()))) if values else ""
+
+
+def _details(heading: str, content: str) -> str:
+    return f"<details><summary>{html.escape(heading)}</summary>{content}</details>"
 
 
 def _section(heading: str, content: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -85,7 +86,7 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
         "events seconds versions"
     )
     assert set(wanted.split()) <= set(summary)
-    assert set(summary["seconds"]) == {"total", "compile", "allocate", "eval", "train", "prune", "save"}
+    assert set(summary["seconds"]) == {"total", "load", "compile", "allocate", "eval", "train", "prune", "save"}
     assert sum(summary["seconds"].values()) <= 2 * summary["seconds"]["total"]
     assert summary["steps"] == 20 and len(summary["ranks"]) == 12
 
@@ -101,12 +102,29 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     assert (folder / "report.html").exists() and (folder / "model").exists() == (method in WHOLE)
     check_loaded(folder, summary, outputs, tiny_rte)
     shown = capsys.readouterr().out
+    begun = [
+        "device     cpu",
+        "loading    ",
+        "data       rte",
+        "planning   ",
+        "compiling  the training step",
+        "evaluating on",
+    ]
+    places = [
+        shown.index(text) for text in (*begun, "step 6     accuracy", "step 20    accuracy", "writing    ", "files ")
+    ]
+    assert places == sorted(places) and re.search(r"step 20 .*adapter parameters, loss \d\.\d+ \([+-]\d", shown)
+    (files,) = (line for line in shown.splitlines() if line.startswith("files "))
+    assert {name.rstrip("/") for name in files.partition(": ")[2].split(", ")} == {
+        path.name for path in folder.iterdir() if not path.name.startswith(".")
+    }
     assert "accuracy" in shown and str(folder) in shown and ("Optimal" in shown) == (method in PLANNED)
     if method in PLANNED:
         assert summary["adapter_params"] <= 1500 and summary["allocation"]["gap"] == 0.0
     if method in PRUNING:
         assert summary["events"] and (folder / "pruning.png").exists() and (folder / "ranks_after.png").exists()
         assert summary["adapter_params"] < summary["adapter_params_at_start"]
+        assert shown.count(" pruned from ") == len(summary["events"])
     if method in STAGED:
         smaller = load_classifier(folder / "model", num_labels=2).params
         assert sum(leaf.size for leaf in jax.tree.leaves(smaller)) == summary["model_params"]
