@@ -233,3 +233,12 @@ def test_activations_are_averaged_over_all_uses():
         sizes.append(np.abs(z).mean())
     score = jp.site_scores("activation", forward, loss_fn, params, sites, [x])
     assert score["block"] == pytest.approx(np.mean(sizes), rel=1e-5)
+
+
+def test_sites_read_from_shapes_alone_are_refused_where_they_are_no_stacks():
+    """Attention's kernels look like stacks of layers."""
+    _, forward, params, x, _ = setting("vit")
+    sites = jp.find_sites(params, ["query"])
+    adapters, masks = jp.init_lora(jax.random.key(1), sites, {site.path: 1 for site in sites})
+    with pytest.raises(jp.UsageError, match=r"one matrix of \(12, 12\); make it from find_sites\(params, call="):
+        forward(params, adapters, masks, x)

@@ -23,7 +23,7 @@ from jaxprune.adapters.base import Array, by_leaf, drop, merged
 from jaxprune.adapters.merge import trained
 from jaxprune.attach.stacking import one_layer, stack
 from jaxprune.errors import UsageError, shown
-from jaxprune.kernels import kernel_of
+from jaxprune.kernels import Kernel, kernel_of
 from jaxprune.sites import flatten, split, unflatten
 
 _KEY = "jaxprune_adapter"
@@ -70,11 +70,13 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
                 reached.add(path)
             if context.method_name not in ("__call__", "attend") or not module.has_variable("params", _KEY):
                 return next_fun(*args, **kwargs)
-            if kernel_of(module, args, kwargs).fault:
+            kernel = kernel_of(module, args, kwargs)
+            if kernel.fault:
                 return next_fun(*args, **kwargs)
             reached.add(path)
             pair = module.get_variable("params", _KEY)
             adapter, mask = one_layer(pair, stacked[path]) if path in stacked else pair
+            _check_one_matrix(path, getattr(adapter, "lora", adapter), kernel)
             key = None
             if getattr(adapter, "dropout", 0.0):
                 if module.has_rng("dropout"):
@@ -102,6 +104,15 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
         return outputs
 
     return forward
+
+
+def _check_one_matrix(path: str, adapter: Any, kernel: Kernel) -> None:
+    expected = (kernel.d_in, kernel.d_out)
+    if hasattr(adapter, "a") and (*adapter.a.shape[:-1], *adapter.b.shape[1:]) != expected:
+        raise UsageError(
+            f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, but its "
+            f"module multiplies by one matrix of {expected}; make it from find_sites(params, call=...)"
+        )
 
 
 def _others(variables: Any) -> Mapping[str, Any]:
