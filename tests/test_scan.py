@@ -27,8 +27,9 @@ class Six(nn.Module):
         block = nn.remat(Block) if "remat" in self.form else Block
         if self.form:
             axis = int(self.form.split()[-1])
-            split = {"params": True, "dropout": True}
-            stack = nn.scan(block, variable_axes={"params": axis}, split_rngs=split, length=LAYERS)
+            stack = nn.scan(
+                block, variable_axes={"params": axis}, split_rngs={"params": True, "dropout": True}, length=LAYERS
+            )
             x, _ = stack(name="layers")(x, None)
         else:
             for i in range(LAYERS):
@@ -131,6 +132,7 @@ def test_equal_plans_masks_and_losses_over_forty_steps(name):
                 events.append(
                     {path: np.asarray(state.masks[there]) for path, there in names.items() if there in state.masks}
                 )
+        assert start.plan
         plan = {path: start.plan.ranks[there] for path, there in names.items()}
         runs.append((plan, np.array(losses), events))
     (plan, losses, events), (other_plan, other_losses, other_events) = runs
