@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import all_leaves, keystr, tree_map_with_path
 
 from jaxprune.errors import UsageError, nearest, shown
@@ -21,12 +23,17 @@ DEFAULT_EXCLUDE = r"(^|/)(head|classifier|pre_classifier|pooler|lm_head|score)(/
 _ORDER = "query q_proj key k_proj value v_proj out o_proj out_proj fc1 gate_proj up_proj wi fc2 down_proj wo".split()
 
 
+Index = tuple[int | None, ...]
+
+
 @dataclass(frozen=True)
 class Site:
     """A matrix an adapter can attach to.
 
     Attributes:
-      path: the module's path in the parameter tree, joined by `/`, without the trailing `kernel`.
+      path: the module's path in the parameter tree, joined by `/`, without the trailing `kernel`; of a layer that a scan
+        stacks with others, the index into the stacked kernel comes after it, as NumPy writes it: `layers/fc1[3]`, or
+        `layers/fc1[:,3]` where the scan runs over axis 1.
       d_in: input features of the kernel.
       d_out: output features of the kernel.
       layer: depth of the layer it belongs to, in the order of the forward pass; 0 where it belongs to none.
@@ -40,6 +47,16 @@ class Site:
     layer: int
     type: str
     stack: tuple[int, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The path without an index."""
+        return split(self.path)[0]
+
+    @property
+    def index(self) -> Index:
+        """The index into a stacked kernel, `()` for a kernel by itself; None stands for a whole axis."""
+        return split(self.path)[1]
 
     def cost(self, rank: int = 1) -> int:
         """Count the LoRA parameters at this site: rank * (d_in + d_out), times the stacked layers."""
@@ -150,17 +167,23 @@ def find_sites(
     linear = [p for p in kernels if str(leaves[p]).endswith("kernel")]
     if not kernels:
         raise UsageError("the parameter tree has no leaf named 'kernel' with two or more axes, so nothing to adapt")
-    seen = None if call is None else traced(call, params)
+    seen = None if call is None else traced(call, params, flat)
+    # {site: its module}: one for every layer where a scan stacks them.
+    owners = {
+        joined(p, index): p
+        for p, kernel in kernels.items()
+        for index in indices(kernel.shape, seen[p].axes if seen and p in seen else ())
+    }
     if isinstance(targets, str) and targets == "all-linear":
         excluded = expression("exclude", exclude)
-        chosen = {p for p in linear if not excluded.search(p)}
+        chosen = {site for site, p in owners.items() if p in linear and not excluded.search(p)}
         if seen is not None:  # what nobody named and attaching does not reach is left out
-            chosen = {p for p in chosen if p in seen and not seen[p].fault}
+            chosen = {site for site in chosen if owners[site] in seen and not seen[owners[site]].fault}
         if not chosen:
             raise UsageError(f"all-linear leaves out every kernel, such as {next(iter(kernels))!r}; name the targets")
     elif isinstance(targets, str):
         pattern = expression("target", targets)
-        chosen = {p for p in kernels if pattern.fullmatch(p)}
+        chosen = {site for site, p in owners.items() if pattern.fullmatch(p) or pattern.fullmatch(site)}
         _require_match(targets, chosen, kernels)
     else:
         suffixes = list(targets) if isinstance(targets, Iterable) else []
@@ -171,19 +194,23 @@ def find_sites(
             )
         chosen = set()
         for suffix in suffixes:
-            matched = {p for p in kernels if p == suffix or p.endswith("/" + suffix)}
+            matched = {s for s, p in owners.items() if p == suffix or p.endswith("/" + suffix) or s == suffix}
             _require_match(suffix, matched, kernels)
             chosen |= matched
-    wrong = [p for p in chosen if 0 in kernels[p].shape or not jnp.issubdtype(kernels[p].dtype, jnp.floating)]
+    wrong = [
+        p
+        for p in {owners[site] for site in chosen}
+        if 0 in kernels[p].shape or not jnp.issubdtype(kernels[p].dtype, jnp.floating)
+    ]
     if wrong:
         kernel = kernels[min(wrong)]
         raise UsageError(
             f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
             f"numbers and no empty axis; leave it out of the targets"
         )
-    sizes = {path: _matrix(path, tuple(kernels[path].shape), seen) for path in chosen}
+    sizes = {site: _matrix(owners[site], tuple(kernels[owners[site]].shape), seen) for site in chosen}
     place = {name: i for i, name in enumerate(_ORDER)}
-    depths = _depths(chosen, list(seen or ()))
+    depths = _depths(owners, list(seen or ()))
     sites = (
         Site(path, d_in, d_out, depths[path], _Name.of(path).type, stack)
         for path, (d_in, d_out, stack) in sizes.items()
@@ -191,9 +218,55 @@ def find_sites(
     return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
 
 
+def split(path: str) -> tuple[str, Index]:
+    """Split a site's path into its module's and the index into a stacked kernel: `a/b[:,3]` into `a/b` and (None, 3)."""
+    if not (found := re.fullmatch(r"(.+)\[((?:(?::|[0-9]+),)*[0-9]+)\]", path, re.DOTALL)):
+        return path, ()
+    return found[1], tuple(None if part == ":" else int(part) for part in found[2].split(","))
+
+
+def joined(module: str, index: Index) -> str:
+    """Write a site's path: what `split` splits."""
+    return f"{module}[{','.join(':' if i is None else str(i) for i in index)}]" if index else module
+
+
 def leaf_at(flat: Mapping[str, Any], path: str) -> str | None:
     """Return the path of the leaf that holds a site's matrix, None where there is none."""
-    return next((leaf for name in LEAVES if (leaf := f"{path}/{name}") in flat), None)
+    module, index = split(path)
+    leaf = next((leaf for name in LEAVES if (leaf := f"{module}/{name}") in flat), None)
+    inside = (
+        leaf is not None
+        and len(index) <= len(shape := flat[leaf].shape)
+        and all(i is None or i < size for i, size in zip(index, shape, strict=False))
+    )
+    return leaf if inside else None
+
+
+def layer_of(kernel: Any, index: Index) -> Any:
+    """Return the kernel at an index of a stacked one."""
+    return kernel[tuple(slice(None) if i is None else i for i in index)] if index else kernel
+
+
+def with_layers(kernel: Any, layers: Mapping[Index, Any]) -> Any:
+    """Return a stacked kernel with the kernels of some of its layers replaced."""
+    if () in layers:
+        return layers[()]
+    axes = stacked_axes(next(iter(layers)))
+    every = [layers[i] if i in layers else layer_of(kernel, i) for i in indices(kernel.shape, axes)]
+    stack = jnp.stack(every).reshape(*(kernel.shape[axis] for axis in axes), *every[0].shape)
+    return jnp.moveaxis(stack, range(len(axes)), axes).astype(kernel.dtype)
+
+
+def stacked_axes(index: Index) -> tuple[int, ...]:
+    """Return the axes of a stacked kernel that an index counts along."""
+    return tuple(axis for axis, i in enumerate(index) if i is not None)
+
+
+def indices(shape: tuple[int, ...], axes: Sequence[int]) -> Iterator[Index]:
+    """Give the index of every layer of a kernel that is stacked along some axes; one empty index without any."""
+    for place in np.ndindex(*(shape[axis] for axis in axes)):
+        at = dict(zip(axes, place, strict=True))
+        yield tuple(at.get(axis) for axis in range(max(axes, default=-1) + 1))
 
 
 def _matrix(path: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int, tuple[int, ...]]:
@@ -205,7 +278,7 @@ def _matrix(path: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None
     fault = "the call does not use it" if kernel is None else kernel.fault
     if kernel is None or fault:
         raise UsageError(f"no adapter reaches {shown(path)}: {fault}; leave it out of the targets")
-    return kernel.d_in, kernel.d_out, shape[: len(shape) - len(kernel.shape)]
+    return kernel.d_in, kernel.d_out, ()
 
 
 def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Site:
@@ -217,15 +290,29 @@ def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Si
 class _Name(NamedTuple):
     """What a path says: the module that holds the layers, the layer's number (the first in the path) and the type.
 
-    `layer_0/fc1` and `layer_0_fc1` say the same. A number at the end of the kernel's own name is no layer's.
+    `layer_0/fc1` and `layer_0_fc1` say the same. A number at the end of the kernel's own name is no layer's. Layers that a
+    scan stacks are numbered by their index, those of a numbered module within it.
     """
 
     tower: str
     number: int | None
     type: str
+    index: Index = ()
 
     @classmethod
     def of(cls, path: str) -> _Name:
+        module, index = split(path)
+        named = cls._of(module)
+        if not index:
+            return named
+        if named.number is not None:
+            return named._replace(index=index)
+        parts = module.split("/")[:-1]
+        coder = next((i for i, part in enumerate(parts) if "coder" in part), 0)
+        return cls("/".join(parts[: coder + 1]), 0, named.type, index)
+
+    @classmethod
+    def _of(cls, path: str) -> _Name:
         parents, _, name = path.rpartition("/")
         if number := re.search(r"(?<![0-9])[0-9]{1,9}(?![0-9])", parents):  # no model has 10^9 layers
             return cls(parents[: number.start()].rpartition("/")[0], int(number[0]), name)
@@ -241,16 +328,23 @@ def _depths(paths: Iterable[str], order: Sequence[str]) -> dict[str, int]:
       paths: of the sites; one outside any numbered layer lies at 0.
       order: paths of modules in the order in which they run, as far as that is known; otherwise an encoder runs first.
     """
-    numbers: dict[str, dict[str, int]] = {}
+    numbers: dict[str, dict[str, tuple[int, Index]]] = {}
     for path in paths:
         if (name := _Name.of(path)).number is not None:
-            numbers.setdefault(name.tower, {})[path] = name.number
+            places = tuple(
+                i for i in name.index if i is not None
+            )  # kernels of one scan may be stacked along other axes
+            numbers.setdefault(name.tower, {})[path] = (name.number, places)
     ran = {path: i for i, path in enumerate(order)}
-    first = {tower: min(ran.get(path, len(ran)) for path in own) for tower, own in numbers.items()}
+    first = {tower: min(ran.get(split(path)[0], len(ran)) for path in own) for tower, own in numbers.items()}
     depths, start = dict.fromkeys(paths, 0), 0
     for tower in sorted(numbers, key=lambda t: (first[t], "decoder" in t, _natural(t))):
-        depths.update({path: start + number for path, number in numbers[tower].items()})
-        start += max(numbers[tower].values()) + 1
+        at, extra = {}, 0
+        for number, layers in groupby(sorted(set(numbers[tower].values())), key=lambda key: key[0]):
+            at.update({key: number + extra + i for i, key in enumerate(layers)})
+            extra = max(at.values()) - number
+        depths.update({path: start + at[key] for path, key in numbers[tower].items()})
+        start += max(at.values()) + 1
     return depths
 
 

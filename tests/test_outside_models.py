@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune.sites import flatten, leaf_at
 
 
 class ViTBlock(nn.Module):
@@ -53,7 +54,8 @@ class BatchNormed(nn.Module):
 class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.RNN(nn.LSTMCell(10), split_rngs={"params": False, "dropout": True})(x)
+        cell = nn.LSTMCell(10, carry_init=lambda key, shape, dtype: jnp.zeros(shape))  # float64 where JAX has it
+        x = nn.RNN(cell, split_rngs={"params": False, "dropout": True})(x)
         return nn.Dense(3, name="head")(jnp.asarray(x)[:, -1])
 
 
@@ -207,3 +209,36 @@ def test_a_kernel_out_of_reach_is_left_out_or_refused_by_name(module, why):
     assert [site.path for site in jp.find_sites(params, call=call)] == ["outer"]
     with pytest.raises(jp.UsageError, match=f"no adapter reaches '.*{why}.*leave it out of the targets"):
         jp.find_sites(params, "(inner|RNN_0).*", call=call)
+
+
+@every
+def test_scores_are_those_of_the_whole_gradient(name):
+    """However often a kernel is used: against dense gradients in float64."""
+    call, forward, params, x, sites = setting(name)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), (params, x))
+        grads = flatten(jax.jit(jax.grad(lambda p, x: jnp.mean(jnp.square(call(p, x) - 1.0))))(*wide))
+        dense = {site.path: np.abs(grads[str(leaf_at(grads, site.path))]).mean() for site in sites}
+    scores = jp.site_scores("absolute", forward, loss_fn, params, sites, [x])
+    assert scores == pytest.approx(dense, rel=1e-4)
+
+
+def test_activations_are_averaged_over_all_uses():
+    call, forward, params, x, _ = setting("tied")
+    sites = jp.find_sites(params, ["block"], call=lambda params: call(params, x))
+    h, sizes = np.asarray(params["embed"]["embedding"])[np.asarray(jnp.abs(x[..., 0]) * 10, int) % 11], []
+    for _ in range(3):
+        z = h @ np.asarray(params["block"]["kernel"])
+        h = h + np.tanh(z + params["block"]["bias"])
+        sizes.append(np.abs(z).mean())
+    score = jp.site_scores("activation", forward, loss_fn, params, sites, [x])
+    assert score["block"] == pytest.approx(np.mean(sizes), rel=1e-5)
+
+
+def test_sites_read_from_shapes_alone_are_refused_where_they_are_no_stacks():
+    """Attention's kernels look like stacks of layers."""
+    _, forward, params, x, _ = setting("vit")
+    sites = jp.find_sites(params, ["query"])
+    adapters, masks = jp.init_lora(jax.random.key(1), sites, {site.path: 1 for site in sites})
+    with pytest.raises(jp.UsageError, match=r"one matrix of \(12, 12\); make it from find_sites\(params, call="):
+        forward(params, adapters, masks, x)

@@ -113,6 +113,31 @@ def test_stacked_site_needs_a_path_for_every_layer(tmp_path):
             save_peft({site.path: lora(site, 2)}, {}, tmp_path / "a", torch_paths=torch_paths, task_type=None)
 
 
+@pytest.mark.parametrize("form", ["{}[{}]", "{}[:,{}]"])
+@pytest.mark.parametrize("entry", ["model.layers.{}.q", ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q"]])
+def test_layers_of_a_scan_have_names_of_their_own(tmp_path, form, entry):
+    sites = [Site(form.format("layers/q", i), 16, 24, i, "q") for i in range(3)]
+    adapters = {site.path: lora(site, rank) for site, rank in zip(sites[::2], (2, 3), strict=True)}
+    save_peft(adapters, {}, tmp_path / "a", torch_paths={"layers/q": entry}, task_type=None)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"model.layers.0.q": 2, "model.layers.2.q": 3}
+    back, _ = load_peft(tmp_path / "a", sites, torch_paths={"layers/q": entry})
+    assert back.keys() == adapters.keys()
+    for path, adapter in adapters.items():
+        np.testing.assert_allclose(
+            product(back[path], np.ones(adapter.rank)), product(adapter, np.ones(adapter.rank)), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "torch_paths", [None, {"layers/q": "q"}, {"layers/q": ["a"]}, {"layers/q": ["a", "b", "b"]}, {"layers/q": "{x}"}]
+)
+def test_a_layer_of_a_scan_needs_a_name_of_its_own(tmp_path, torch_paths):
+    site = Site("layers/q[2]", 16, 24, 2, "q")
+    with pytest.raises(UsageError, match=r"'layers/q\[2\]' is a layer of a scan.*pattern with \{\}"):
+        save_peft({site.path: lora(site, 2)}, {}, tmp_path / "a", torch_paths=torch_paths, task_type=None)
+
+
 def test_frozen_leaves_complete_the_head(tmp_path):
     trained = {"head/out/kernel": Weight(normal(16, 3))}
     params = {"head": {"dense": {"kernel": normal(16, 16), "bias": normal(16)}, "out": {"bias": normal(3)}}}

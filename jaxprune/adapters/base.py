@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import UsageError, nearest, shown
-from jaxprune.sites import leaf_at
+from jaxprune.sites import Index, leaf_at, split, stacked_axes
 
 Array = jax.Array
 
@@ -32,6 +32,7 @@ class Adapter(Protocol):
     - `finish(y_NxO, mask) -> y_NxO`: what comes after the bias;
     - `merge_bias(bias, mask) -> bias`: the bias that goes with a merged kernel, where it changes too;
     - `undecayed`: names of leaves that take no weight decay, and `rate`: {leaf: factor on the learning rate};
+    - `on_kernel`: true where it changes the kernel itself, once for all uses of it in a forward pass;
     - `as_lora(mask) -> Lora`: the same product as plain LoRA, where there is one, for export.
     """
 
@@ -99,8 +100,9 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
     axes = getattr(adapter, "rank_axes", {})
     if axes.keys() >= {"a", "b"}:
         *stack, d_in, rank = adapter.a.shape
-        d_out = adapter.b.shape[-1]
-        if adapter.b.shape != (*stack, rank, d_out) or not _is_matrix(flat[leaf].shape, tuple(stack), d_in, d_out):
+        d_out, indexed = adapter.b.shape[-1], stacked_axes(split(path)[1])
+        shape = tuple(size for axis, size in enumerate(flat[leaf].shape) if axis not in indexed)
+        if adapter.b.shape != (*stack, rank, d_out) or not _is_matrix(shape, tuple(stack), d_in, d_out):
             raise UsageError(
                 f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, which do not fit "
                 f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
@@ -126,6 +128,33 @@ def merged(adapter: Any, kernel: Array, mask: Array | None) -> Array:
     else:  # it changes every entry for itself
         shape = kernel.shape
     return adapter.merge(kernel.reshape(shape), mask).reshape(kernel.shape)
+
+
+def by_leaf(
+    flat: Mapping[str, Any], adapters: Adapters, masks: Masks
+) -> dict[str, dict[Index, tuple[str, Any, Array | None]]]:
+    """Group the adapters of sites by the leaf they belong to: {leaf: {index: (path, adapter, mask)}}.
+
+    Every adapter is checked to fit; those that stand in for a leaf are in no group.
+
+    Raises:
+      UsageError: as `place`, or the paths count the layers of one kernel along different axes.
+    """
+    check_mappings(adapters, masks)
+    grouped: dict[str, dict[Index, tuple[str, Any, Array | None]]] = {}
+    for path, adapter in adapters.items():
+        leaf = place(flat, path, adapter, masks.get(path))
+        if hasattr(adapter, "value"):
+            continue
+        index = split(path)[1]
+        own = grouped.setdefault(leaf, {})
+        if own and stacked_axes(index) != stacked_axes(next(iter(own))):
+            raise UsageError(
+                f"the adapters at {shown(path)} and {shown(next(iter(own.values()))[0])} take one kernel apart along different "
+                f"axes; make them from the sites of one find_sites"
+            )
+        own[index] = (path, adapter, masks.get(path))
+    return grouped
 
 
 def check_mask(path: str, adapter: Any, mask: Any) -> None:

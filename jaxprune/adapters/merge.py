@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.adapters.base import Adapters, Masks, check_mappings, merged, place
-from jaxprune.sites import flatten, with_leaves
+from jaxprune.adapters.base import Adapters, Masks, by_leaf, check_mappings, merged
+from jaxprune.adapters.weight import Weight
+from jaxprune.sites import Index, flatten, layer_of, stacked_axes, with_layers, with_leaves
 
 
 def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[str, Any]:
@@ -20,15 +21,35 @@ def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[s
     Raises:
       UsageError: an adapter's path is not in `params`, or an adapter or a mask does not fit there.
     """
-    check_mappings(adapters, masks)
     flat = flatten(params)
-    for path, adapter in adapters.items():
-        leaf = place(flat, path, adapter, masks.get(path))
-        flat[leaf] = merged(adapter, flat[leaf], masks.get(path))
-    for path, adapter in adapters.items():  # now that trained biases are in place
-        if hasattr(adapter, "merge_bias") and (leaf := f"{path}/bias") in flat:
-            flat[leaf] = adapter.merge_bias(flat[leaf], masks.get(path))
+    grouped = by_leaf(flat, adapters, masks)
+    flat.update(trained(flat, adapters))
+    for leaf, own in grouped.items():
+        kernel = flat[leaf]
+        layers = {i: merged(adapter, layer_of(kernel, i), mask) for i, (_, adapter, mask) in own.items()}
+        flat[leaf] = with_layers(kernel, layers)
+    for leaf, own in grouped.items():  # now that trained biases are in place
+        if (at := f"{leaf.rpartition('/')[0]}/bias") in flat and hasattr(next(iter(own.values()))[1], "merge_bias"):
+            bias, sizes = flat[at], flat[leaf].shape
+            places = {bias_index(i, sizes, bias.shape): given for i, given in own.items()}
+            layers = {i: adapter.merge_bias(layer_of(bias, i), mask) for i, (_, adapter, mask) in places.items()}
+            flat[at] = with_layers(bias, layers)
     return with_leaves(params, flat)
+
+
+def trained(flat: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """Return the trained values of the leaves that are trained as they are."""
+    return {path: weight.merge(flat[path], None) for path, weight in adapters.items() if isinstance(weight, Weight)}
+
+
+def bias_index(index: Index, kernel: tuple[int, ...], bias: tuple[int, ...]) -> Index:
+    """Return the index of a layer's bias, given that of its kernel, for one scan: its axis counts from the front or the back."""
+    if not index:
+        return ()
+    (axis,) = stacked_axes(index)
+    both = (axis, axis - len(kernel) + len(bias))
+    own = next(a for a in both if 0 <= a < len(bias) and bias[a] == kernel[axis])
+    return (*(None,) * own, index[axis])
 
 
 def count(adapters: Adapters, masks: Masks) -> int:

@@ -19,10 +19,12 @@ from flax.core import DenyList
 from flax.linen.dtypes import promote_dtype
 
 from jaxprune.adapters import Adapters, Masks, Weight
-from jaxprune.adapters.base import Array, check_mappings, drop, merged, place
+from jaxprune.adapters.base import Array, by_leaf, drop, merged
+from jaxprune.adapters.merge import trained
+from jaxprune.attach.stacking import one_layer, stack
 from jaxprune.errors import UsageError, shown
-from jaxprune.kernels import kernel_of
-from jaxprune.sites import flatten, unflatten
+from jaxprune.kernels import Kernel, kernel_of
+from jaxprune.sites import flatten, split, unflatten
 
 _KEY = "jaxprune_adapter"
 
@@ -64,12 +66,17 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
 
         def intercept(next_fun, args, kwargs, context):
             module, path = context.module, "/".join(context.module.path)
+            if path in replaced:
+                reached.add(path)
             if context.method_name not in ("__call__", "attend") or not module.has_variable("params", _KEY):
                 return next_fun(*args, **kwargs)
-            if kernel_of(module, args, kwargs).fault:
+            kernel = kernel_of(module, args, kwargs)
+            if kernel.fault:
                 return next_fun(*args, **kwargs)
             reached.add(path)
-            adapter, mask = module.get_variable("params", _KEY)
+            pair = module.get_variable("params", _KEY)
+            adapter, mask = one_layer(pair, stacked[path]) if path in stacked else pair
+            _check_one_matrix(path, getattr(adapter, "lora", adapter), kernel)
             key = None
             if getattr(adapter, "dropout", 0.0):
                 if module.has_rng("dropout"):
@@ -80,12 +87,15 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
                 return _linear(module, args[0] if args else kwargs["inputs"], adapter, mask, key)
             return _merged(module, context.method_name, args, kwargs, adapter, mask, key)
 
-        collections = {"params": _insert(params, adapters, masks), **_others(variables)}
+        tree, replaced, stacked = _insert(params, adapters, masks)
+        collections = {"params": tree, **_others(variables)}
         if kwargs.get("mutable") is True:  # whatever the model updates, it does not update its parameters
             kwargs["mutable"] = DenyList("params")
         with nn.intercept_methods(intercept):
             outputs = model.apply(collections, *inputs, rngs=rngs, method=method, **kwargs)
-        missed = [p for p, adapter in adapters.items() if not isinstance(adapter, Weight) and p not in reached]
+        missed = [
+            p for p, adapter in adapters.items() if not isinstance(adapter, Weight) and split(p)[0] not in reached
+        ]
         if missed:
             raise UsageError(
                 f"{len(missed)} adapters were never reached, first {missed[0]!r}: its module is no nn.Dense, DenseGeneral, "
@@ -94,6 +104,15 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
         return outputs
 
     return forward
+
+
+def _check_one_matrix(path: str, adapter: Any, kernel: Kernel) -> None:
+    expected = (kernel.d_in, kernel.d_out)
+    if hasattr(adapter, "a") and (*adapter.a.shape[:-1], *adapter.b.shape[1:]) != expected:
+        raise UsageError(
+            f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, but its "
+            f"module multiplies by one matrix of {expected}; make it from find_sites(params, call=...)"
+        )
 
 
 def _others(variables: Any) -> Mapping[str, Any]:
@@ -172,13 +191,27 @@ def _merged(module: nn.Module, name: str, args, kwargs, adapter, mask, key) -> A
     return y + run(change, x, *args[1:]).astype(y.dtype)
 
 
-def _insert(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[str, Any]:
-    check_mappings(adapters, masks)
-    flat = flatten(params)
-    for path, adapter in adapters.items():
-        leaf = place(flat, path, adapter, masks.get(path))
-        if isinstance(adapter, Weight):
-            flat[leaf] = adapter.merge(flat[leaf], None)
+def _insert(
+    params: Mapping[str, Any], adapters: Adapters, masks: Masks
+) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
+    """Put every adapter into the subtree of its module.
+
+    Returns:
+      (parameters, the modules whose kernels were replaced, {module of a scan: what `one_layer` needs}).
+    """
+    flat, replaced, stacked = flatten(params), set(), {}
+    grouped = by_leaf(flat, adapters, masks)
+    flat.update(trained(flat, adapters))
+    for leaf, own in grouped.items():
+        module = leaf.rpartition("/")[0]
+        if () not in own:
+            pairs = {index: (adapter, mask) for index, (_, adapter, mask) in own.items()}
+            flat[f"{module}/{_KEY}"], stacked[module] = stack(module, flat[leaf].shape, pairs)
+            continue
+        _, adapter, mask = own[()]
+        if getattr(adapter, "on_kernel", False):
+            flat[leaf] = merged(adapter, flat[leaf], mask)
+            replaced.add(module)
         else:
-            flat[f"{path}/{_KEY}"] = (adapter, masks.get(path))
-    return unflatten(flat)
+            flat[f"{module}/{_KEY}"] = (adapter, mask)
+    return unflatten(flat), replaced, stacked

@@ -28,7 +28,7 @@ from jaxprune.allocate import uniform_plan
 from jaxprune.checks import Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.sites import flatten, with_leaves
+from jaxprune.sites import flatten, layer_of, split, with_layers, with_leaves
 
 _OVERSAMPLE = 8
 
@@ -66,10 +66,11 @@ def pissa(
         flat, adapters = flatten(context.params), {}
         for path, empty in drawn.items():
             leaf = place(flat, path, empty, None)
-            kernel = flat[leaf].reshape(*empty.a.shape[:-1], empty.b.shape[-1])
+            index = split(path)[1]
+            kernel = layer_of(flat[leaf], index).reshape(*empty.a.shape[:-1], empty.b.shape[-1])
             a, b, rest = _split(key_for(context.key, path), kernel, rank, scale, niter)
             adapters[path] = dataclasses.replace(empty, a=a, b=b, residual=True)
-            flat[leaf] = rest.reshape(flat[leaf].shape)
+            flat[leaf] = with_layers(flat[leaf], {index: rest.reshape(layer_of(flat[leaf], index).shape)})
         return Start(adapters, masks, plan, with_leaves(context.params, flat))
 
     return Method(start, name="pissa")

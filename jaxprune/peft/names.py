@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.sites import split
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -20,6 +21,9 @@ def torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | Non
         raise UsageError(
             f"torch_paths {shown(torch_paths)} cannot be used: expected {{module path: module path in PyTorch}}"
         )
+    module, index = split(path)
+    if index and path not in (torch_paths or ()):
+        return [_of_layer(path, module, tuple(i for i in index if i is not None), torch_paths or {})]
     name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
     if name is None:
         raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
@@ -34,6 +38,24 @@ def torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | Non
             f"give a path for every layer, or a pattern with {{}} for the layer's number"
         )
     return names
+
+
+def _of_layer(path: str, module: str, place: tuple[int, ...], torch_paths: TorchPaths) -> str:
+    """Return the PyTorch module of a layer of a scan, from the entry for all its layers."""
+    entry = torch_paths.get(module)
+    try:
+        if isinstance(entry, str) and entry.format(*place) != entry.format(*(i + 1 for i in place)):
+            return entry.format(*place)
+        if isinstance(entry, Sequence) and not isinstance(entry, str) and len(place) == 1:
+            name = entry[place[0]]
+            if isinstance(name, str) and list(entry).count(name) == 1:
+                return name
+    except (LookupError, TypeError, ValueError):  # a pattern with other braces, or too short a list
+        pass
+    raise UsageError(
+        f"site {shown(path)} is a layer of a scan, and torch_paths has {shown(entry)} for {shown(module)}; give a path of its "
+        f"own for every layer, or a pattern with {{}} for the layer's number"
+    )
 
 
 def selects(patterns: str | Sequence[str] | None, name: str) -> bool:

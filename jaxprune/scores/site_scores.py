@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.inputs import check_sites
 from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
-from jaxprune.sites import Site, flatten, leaf_at
+from jaxprune.sites import Site, flatten, layer_of, leaf_at, split
 
 SCORES = ("absolute", "squared", "weight", "activation", "top10")
 _REDUCE = {"absolute": mean_absolute, "squared": mean_squared, "top10": mean_top10, "activation": None}
@@ -40,8 +40,8 @@ def site_scores(
     | `activation` | mean \\|x W\\| over the tokens computed |
     | `weight` | mean \\|W\\|; needs no batches |
 
-    Memory: no dense gradient outlives its site's turn in the backward pass. A kernel used more than once in a forward
-    pass is measured once for each use by `attach`, once for the sum by `attach_function`.
+    Memory: no dense gradient outlives its site's turn in the backward pass. Where a kernel is used more than once in a
+    forward pass (tied layers, recurrent cells), G is the whole gradient, summed over its uses.
 
     Args:
       kind: one of the table's.
@@ -70,7 +70,8 @@ def site_scores(
     if lost := [path for path, leaf in leaves.items() if leaf is None]:
         raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
     if kind == "weight":
-        return {path: float(jnp.mean(jnp.abs(flat[leaf].astype(jnp.float32)))) for path, leaf in leaves.items() if leaf}
+        kernels = {path: layer_of(flat[leaf], split(path)[1]) for path, leaf in leaves.items() if leaf}
+        return {path: float(jnp.mean(jnp.abs(kernel.astype(jnp.float32)))) for path, kernel in kernels.items()}
     probes = taps(sites, _REDUCE[kind])
 
     def loss(probes, params, batch):
@@ -81,7 +82,7 @@ def site_scores(
     def measure(params, batch):
         one = lambda sample: jax.grad(loss)(probes, params, sample)  # noqa: E731
         measured = jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, batch)) if per_sample else one(batch)
-        return {path: tap.tau.mean() for path, tap in measured.items()}
+        return {path: tap.read().mean() for path, tap in measured.items()}
 
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
         raise UsageError(f"batches {shown(batches)} cannot be used: expected a list of batches")

@@ -49,7 +49,8 @@ def _forward(reduce: Reduce, value: Array, tau: Array):
 def _backward(reduce: Reduce, residuals: tuple[Array, Array], gradient: Array):
     value, tau = residuals
     measure = lambda g, v: reduce(g.astype(jnp.float32), v.astype(jnp.float32))  # noqa: E731
-    for _ in tau.shape:  # a stacked kernel merged whole: one measurement a layer
+    stacked = tau.ndim - jax.eval_shape(measure, gradient, value).ndim
+    for _ in range(stacked):  # a stacked kernel merged whole: one measurement a layer
         measure = jax.vmap(measure)
     return gradient, measure(gradient, value).astype(tau.dtype)
 
@@ -77,30 +78,49 @@ class KernelTap:
         """Count nothing: a tap trains nothing."""
         return 0
 
+    def read(self) -> Array:
+        """Return the measurement, of a tap that is a gradient."""
+        return self.tau
+
+    @property
+    def on_kernel(self) -> bool:
+        """However often its module runs, in one call or in the steps of a recurrence, gradients add up before the tap.
+
+        Not so for the layers of a scan, whose dense gradients would then all live at once: each meets its own tap.
+        """
+        return not self.tau.ndim
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tau"], meta_fields=[])
 @dataclass(frozen=True)
 class ActivationTap:
-    """Measure mean |x W| of a site's output; for `attach` only, since a merged kernel has no activations."""
+    """Measure mean |x W| of a site's output; for `attach` only, since a merged kernel has no activations.
+
+    Attributes:
+      tau: the sum of |x W| and the number of entries, over all uses of the kernel; (2,).
+    """
 
     tau: Array
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W."""
-        return _identity(_mean_absolute_value, matmul(x_NxI, kernel_IxO), self.tau)
+        return _identity(_absolute_values, matmul(x_NxI, kernel_IxO), self.tau)
 
     def count(self, mask: Array | None) -> int:
         """Count nothing: a tap trains nothing."""
         return 0
 
+    def read(self) -> Array:
+        """Return the measurement, of a tap that is a gradient."""
+        return self.tau[..., 0] / self.tau[..., 1]
 
-def _mean_absolute_value(gradient: Array, value: Array) -> Array:
-    return jnp.mean(jnp.abs(value))
+
+def _absolute_values(gradient: Array, value: Array) -> Array:
+    return jnp.stack([jnp.sum(jnp.abs(value)), jnp.array(value.size, jnp.float32)])
 
 
 def taps(sites: Sequence[Site], reduce: Reduce | None) -> dict[str, KernelTap] | dict[str, ActivationTap]:
     """Make one tap a site: of the kernel's gradient, or of the activation where `reduce` is None."""
-    zeros = {site.path: jnp.zeros(site.stack, jnp.float32) for site in sites}
     if reduce is None:
-        return {path: ActivationTap(tau) for path, tau in zeros.items()}
-    return {path: KernelTap(tau, reduce) for path, tau in zeros.items()}
+        return {site.path: ActivationTap(jnp.zeros((*site.stack, 2), jnp.float32)) for site in sites}
+    return {site.path: KernelTap(jnp.zeros(site.stack, jnp.float32), reduce) for site in sites}
