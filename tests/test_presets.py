@@ -1,6 +1,6 @@
 """The presets against the papers' tables and the released scripts, typed a second time: here in the units that are printed."""
 
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ STS-B   2       32          800          2000          10             0.3       
 """
 
 
-def number(text):
+def number(text: str) -> Any:
     """Read a printed number; K stands for thousands."""
     return None if text == "-" else float(text.removesuffix("K")) * (1000 if text.endswith("K") else 1)
 
