@@ -1,5 +1,8 @@
 """The training step and loop against the same algorithm written out by hand."""
 
+import re
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +157,25 @@ def test_seeds_run_side_by_side_under_vmap():
     both, _ = jax.vmap(step, in_axes=(None, 0, None))(params, states, batch)
     one, _ = step(params, state, batch)
     close(jax.tree.map(lambda leaf: leaf[0], both.adapters), one.adapters)
+
+
+def test_piped_progress_has_a_line_for_every_note_and_leaves_compiling_out(capfd):
+    params, state, step, batch = setting()
+    quick = step(params, state, batch)[0] and step
+
+    def slow(*arguments):
+        if not called:
+            time.sleep(3.0)  # as compiling takes
+        called.append(time.sleep(0.02))
+        return quick(*arguments)
+
+    called = []
+    jp.fit(
+        slow, params, state, [batch] * 20, total_steps=20,
+        pause_at=lambda number: number % 10 == 0, pause=lambda number, state: (state, f"accuracy {number}"),
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    for number in (10, 20):
+        assert re.search(rf"(?m)(^|\r)step {number} of 20: accuracy {number}$", said)
+    elapsed = re.findall(r"20/20 \[(\d+):(\d+)<", said)[-1]
+    assert 60 * int(elapsed[0]) + int(elapsed[1]) < 3
