@@ -217,8 +217,8 @@ def _grid(ranks: Ranks, sites: Sequence[Site]) -> _Grid:
 
 def _role(site: Site) -> str:
     """Return a site's path without the number of its layer: what it has in common with those of other layers."""
-    parents, slash, name = site.module.rpartition("/")
-    return re.sub(r"\d+", "#", parents, count=1) + slash + name
+    parents, slash, _ = site.module.rpartition("/")
+    return re.sub(r"\d+", "#", parents, count=1) + slash + site.type
 
 
 def _short(role: str, roles: Sequence[str]) -> str:
