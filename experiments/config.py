@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = dict(
     budget=None,
     score="absolute",
     prune_ratio=0.6,
-    events=10,
+    events=None,
     recovery_steps=None,
     budget_schedule="bezier",
     ema_decay=0.9,
@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = dict(
     stability=0.05,
     importance="training",
     scaling="constant",
+    targets="all-linear",
 )
 
 # Where a method needs another. Full fine-tuning takes the largest rate of BERT's grid, as 1e-3 wrecks a pretrained model; VeRA
@@ -172,8 +173,8 @@ class GlueConfig:
     many [8]; prunedlora: before pruning to half as many [16]; vera: of the shared pair [256]"""
     alpha: Positive = None
     """the scale of an adapter is alpha / its rank [twice its rank, a scale of 2]"""
-    targets: str = "all-linear"
-    """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION"""
+    targets: Text = None
+    """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION [all-linear]"""
     budget: Some = None
     """adapter parameters oplora and dplora may start with [half of uniform rank 16]"""
     time_budget: Annotated[Number, Range(above=0, high=1)] = None
@@ -189,7 +190,7 @@ class GlueConfig:
     prune_ratio: Share = None
     """dplora: share of the adapter parameters to prune while training [0.6]"""
     events: Annotated[Whole, Range(1, MOST_STEPS)] = None
-    """dplora: pruning events, spread evenly after warm-up [10]"""
+    """dplora: pruning events, spread evenly after warm-up [10, fewer in a run of few steps]"""
     recovery_steps: Annotated[Whole, Range(0, MOST_STEPS)] = None
     """dplora: steps without an event after one [half the steps between events, at most 100]"""
     budget_schedule: Choice[Literal["bezier", "linear", "early"]] = None
@@ -338,6 +339,7 @@ class GlueConfig:
         Raises:
           UsageError: `targets` names nothing, or is not a regular expression.
         """
+        assert self.targets is not None
         if self.targets == "all-linear":
             return self.targets
         if self.targets.startswith("re:"):

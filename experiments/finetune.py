@@ -30,6 +30,7 @@ from experiments.outcome import Finished, write
 from experiments.packing import Batches, evaluation_batches, single_example_batches
 from experiments.pruning import Pruner
 from experiments.recording import MADE, Clock, Recorder, rewind, trained
+from experiments.settings import further
 from experiments.stopping import Stop, Stopped
 from experiments.tasks import Task, get_task
 from experiments.tokens import check_ids, encode
@@ -290,7 +291,15 @@ def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
         evaluation_batches(validation, 4 * config.batch_size),
         {split: part.labels for split, part in validation.items()},
         [_weighted(b) for b in Batches(few, -(-len(few) // config.score_batches), None).all()],
-        [single_example_batches(few, len(few))] if config.score == "squared" or config.importance == "samples" else [],
+        [single_example_batches(few, len(few))] if _needs_samples(config) else [],
+    )
+
+
+def _needs_samples(config: GlueConfig) -> bool:
+    return (
+        config.score == "squared"
+        or config.importance == "samples"
+        or further(config.method, config.set).get("per_sample", False)
     )
 
 

@@ -125,7 +125,7 @@ SETTINGS = {
     "a function": setting("dplora", "schedule=linear", r"'schedule=linear' is set by the run itself"),
     "half-integer": setting("g2r2", "interval=2.5", r"--set interval: 2.5 cannot be used; expected a whole number"),
     "true for a number": setting("g2r2", "interval=true", r"--set interval: True cannot be used"),
-    "null for a number": setting("g2r2", "interval=null", r"--set interval: None cannot be used"),
+    "null for a number": setting("g2r2", "final=null", r"--set final: None cannot be used"),
     "number for true": setting("g2r2", "robust=1", r"--set robust: 1 cannot be used; expected true or false"),
     "number for a word": setting("adalora", "weights=1", r"--set weights: 1 is not known; expected one of before, after"),
     "NaN": setting("sora", "penalty=NaN", r"--set penalty: nan is out of range"),
