@@ -58,9 +58,10 @@ def method_settings(config: GlueConfig, total_steps: int, encoder: EncoderConfig
     if config.method == "prunedlora":
         given["target"] = max(1, config.rank // 2)
     settings = {**given, **further(config.method, config.set)}
-    if not earliest <= settings.get("measure_at", earliest) <= max(earliest, total_steps):
+    at = settings.get("measure_at", earliest)
+    if at >= 1 and not earliest <= at <= max(earliest, total_steps):  # below 1 it is a share of the run
         raise UsageError(
-            f"measure_at {settings['measure_at']} is out of range; expected a step from {earliest}, the first that changes "
+            f"measure_at {at:g} is out of range; expected a step from {earliest}, the first that changes "
             f"anything, to {total_steps}, the last"
         )
     return settings

@@ -339,21 +339,21 @@ class GlueConfig:
         Raises:
           UsageError: `targets` names nothing, or is not a regular expression.
         """
-        assert self.targets is not None
-        if self.targets == "all-linear":
-            return self.targets
-        if self.targets.startswith("re:"):
-            expression = self.targets.removeprefix("re:")
+        targets = "all-linear" if self.targets is None else self.targets
+        if targets == "all-linear":
+            return targets
+        if targets.startswith("re:"):
+            expression = targets.removeprefix("re:")
             try:
                 re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
-                raise UsageError(f"--targets {shown(self.targets)} is not a regular expression: {error}") from None
+                raise UsageError(f"--targets {shown(targets)} is not a regular expression: {error}") from None
             if expression:
                 return expression
-        elif names := [part.strip() for part in self.targets.split(",") if part.strip()]:
+        elif names := [part.strip() for part in targets.split(",") if part.strip()]:
             return names
         raise UsageError(
-            f"--targets {self.targets!r} names no kernel; expected all-linear, path suffixes such as query,value, or "
+            f"--targets {targets!r} names no kernel; expected all-linear, path suffixes such as query,value, or "
             f"re:EXPRESSION"
         )
 

@@ -162,7 +162,7 @@ RUN = {
     "events that do not fit": (["--method", "dplora", "--events", "50"], r"50 pruning events do not fit"),
     "events before anything is learned": (
         ["--method", "dplora", "--max-steps", "2", "--events", "1"],
-        r"1 pruning events put the first after step 1, and nothing can be measured before step 2",
+        r"the last pruning event comes after step 1, and nothing can be measured before step 2",
     ),
     "measured before anything is learned": (
         ["--method", "loradrop", "--warmup", "1", "--set", "measure_at=1"],
@@ -174,7 +174,7 @@ RUN = {
     "missing data folder": (["--data-dir", "nowhere"], r"nowhere.*not a folder"),
     "another task's data": (["--task", "cola"], r"no data of task 'cola'"),
     "output in a file": (["--output-dir", "/dev/null/run"], r"/dev/null.*cannot be written"),
-    "settings that leave no step": (["--method", "adalora", "--set", "tinit=10"], r"tinit 10 and tfinal 0 leave none"),
+    "settings that leave no step": (["--method", "adalora", "--set", "tinit=10"], r"tinit 10.0 and tfinal 0.5 leave none"),
 }
 
 
