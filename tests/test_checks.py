@@ -14,6 +14,7 @@ NAN, INF = float("nan"), float("inf")
 MUST = {"total_steps": 500, "measure_at": 5}
 # {method: {setting: wrong values}}; each is refused alone.
 WHOLE = (0, -1, 2.5, True, "2", None, 10**400, [1])
+OPEN = tuple(value for value in WHOLE if value is not None)  # None follows the run
 SHARE = (-0.1, 1, 1.5, NAN, INF, "0.5", True, 0.9999999999)
 POSITIVE = (0, -1, NAN, INF, 1e300, 1e-300, "1", True)
 NOT_NEGATIVE = (-1, NAN, INF, 1e39, "1", None)
@@ -24,18 +25,18 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "pissa": {**COMMON, "niter": (-1, 1.5, 10**9)},
     "vera": {"rank": WHOLE, "d_initial": POSITIVE},
     "adalora": {
-        **dict.fromkeys(("total_steps", "init_rank", "target_rank", "interval"), WHOLE),
+        **dict.fromkeys(("total_steps", "init_rank", "target_rank"), WHOLE), "interval": OPEN,
         **dict.fromkeys(("beta1", "beta2"), (0, *SHARE)),
-        "tinit": (-1, 500, 0.5), "tfinal": (-1, 500, 0.5), "orthogonal": NOT_NEGATIVE, "weights": ("new", None, 1),
+        "tinit": (-1, 500, 1.5), "tfinal": (-1, 500, 1.5), "orthogonal": NOT_NEGATIVE, "weights": ("new", None, 1),
     },
-    "sora": {**COMMON, "penalty": NOT_NEGATIVE, "threshold": NOT_NEGATIVE, "prox": ("hard", None)},
+    "sora": {**COMMON, "penalty": NOT_NEGATIVE, "threshold": NOT_NEGATIVE[:-1], "prox": ("hard", None)},
     "loradrop": {**COMMON, "measure_at": WHOLE, "threshold": (0, 1.1, NAN), "per": ("token",)},
     "g2r2": {
-        **COMMON, "interval": WHOLE, "beta1": SHARE, "final": (0, -1, 1.1, NAN), "warmup": (-1, 1.5, NAN), "score": ("fast",),
+        **COMMON, "interval": OPEN, "beta1": SHARE, "final": (0, -1, 1.1, NAN), "warmup": (-1, 1.5, NAN), "score": ("fast",),
         "robust": (1, "no"), "seed": (-1, 2**32, 0.5),
     },
     "prunedlora": {
-        **COMMON, "interval": WHOLE, "remove": WHOLE, "decay": SHARE, "damping": POSITIVE, "start_step": (0, 9, 10.5),
+        **COMMON, "interval": OPEN, "remove": OPEN, "decay": SHARE, "damping": POSITIVE, "start_step": (0, 10.5),
         "first_order": (1, "no"), "curvature": ("hessian", 1),
     },
     "channelmask": {
@@ -48,7 +49,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "ranks": ((), (1, 2), (0, 1.5), "012", (0, 0), 3, range(10**30)), "time_limit": (0, NAN, INF, "1"),
     },
     "dplora": {
-        "target": SHARE, "ema_decay": SHARE, "events": WHOLE, "delay": (-1, 0.5), "recovery_steps": (-1, 0.5, 10**30),
+        "target": SHARE, "ema_decay": SHARE, "events": OPEN, "delay": (-1, 0.5), "recovery_steps": (-1, 0.5, 10**30),
         "momentum": NOT_NEGATIVE, "stability": NOT_NEGATIVE, "schedule": ("bezier", None), "rescale": (1,),
     },
     "houlsby": {"reduction": (0, 0.5, NAN), "width": (0, 1.5), "activation": ("selu",), "types": ("fc2", [], [1], 3)},
@@ -73,7 +74,7 @@ def _takes(factory: Any) -> Sequence[str]:
 
 
 def test_every_factory_is_in_the_table_or_takes_nothing():
-    from experiments.compare import METHODS
+    from experiments.comparison import METHODS
 
     assert set(METHODS) == {*WRONG, "full", "bitfit"}
 
@@ -106,5 +107,5 @@ def test_values_are_shown_on_one_short_line():
         deep = [deep]
     for value in ("a\nb\u2028c\udc80", 10**5000, np.arange(5000).reshape(-1, 2), deep, "x" * 10**6):
         text = shown(value)
-        assert len(text) <= 60 and len(text.splitlines()) == 1
+        assert len(text) <= 200 and len(text.splitlines()) == 1
         text.encode()
