@@ -174,7 +174,10 @@ RUN = {
     "missing data folder": (["--data-dir", "nowhere"], r"nowhere.*not a folder"),
     "another task's data": (["--task", "cola"], r"no data of task 'cola'"),
     "output in a file": (["--output-dir", "/dev/null/run"], r"/dev/null.*cannot be written"),
-    "settings that leave no step": (["--method", "adalora", "--set", "tinit=10"], r"tinit 10.0 and tfinal 0.5 leave none"),
+    "settings that leave no step": (
+        ["--method", "adalora", "--set", "tinit=10"],
+        r"tinit 10.0 and tfinal 0.5 leave none",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ DB = jnp.array([[1.1, -1, 0.2]])
 
 
 def loss_fn(apply, batch, key):
-    return jnp.mean(jnp.square(apply(batch["x"]) - batch["y"]))
+    return jnp.mean(jnp.square(apply(batch["x"], rngs={"dropout": key}) - batch["y"]))
 
 
 @functools.lru_cache
@@ -58,7 +58,7 @@ def dense_sensitivities(s, adapters, batch):
     """Return sum |G o AB| of every module in float64, G from the dense gradients of merged kernels, G_W = G / s."""
     masks = {path: jnp.ones(a.a.shape[:-2] + (a.rank,)) for path, a in adapters.items()}
     merged = jp.merge(s.params, adapters, masks)
-    plain = lambda params: loss_fn(lambda x: s.model.apply({"params": params}, x), batch, None)  # noqa: E731
+    plain = lambda params: loss_fn(lambda x, **_: s.model.apply({"params": params}, x), batch, None)  # noqa: E731
     gradient = flatten(jax.jit(jax.grad(plain))(merged))
     found = {}
     for path, lora in adapters.items():
@@ -288,7 +288,9 @@ def test_the_most_redundant_modules_go_and_stay_gone(form, combine):
 
 
 def assert_dead_are_zero(s, state):
-    grads = jax.grad(lambda a: loss_fn(lambda x: s.forward(s.params, a, state.masks, x), s.batch, None))(state.adapters)
+    grads = jax.grad(lambda a: loss_fn(lambda x, **_: s.forward(s.params, a, state.masks, x), s.batch, None))(
+        state.adapters
+    )
     moments = [
         leaf
         for leaf in jax.tree.leaves(state.opt_state, is_leaf=lambda n: isinstance(n, dict))
