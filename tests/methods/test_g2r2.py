@@ -30,12 +30,12 @@ def loss_fn(apply, batch, key):
     return jnp.mean(jnp.square(apply(batch["x"]) - batch["y"]))
 
 
-@functools.lru_cache
 def with_key(apply, batch, key):
     """The same loss of a model whose adapters drop out."""
     return loss_fn(lambda x: apply(x, rngs={"dropout": key}), batch, key)
 
 
+@functools.lru_cache
 def setting(form="plain", accumulate=1, loss_fn=loss_fn, **settings):
     """Return everything for a run of G2R2 on a tower."""
     model, params, x = tower(form)
