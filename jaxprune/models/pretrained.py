@@ -181,5 +181,6 @@ def _read_config(folder: Path, num_labels: int, dtype: Any) -> EncoderConfig:
 def _hf_config(config: EncoderConfig, regression: bool) -> Any:
     from transformers import AutoConfig
 
-    problem = "regression" if regression else "single_label_classification"
+    # One output that is no regression is none of the problems that `transformers` knows.
+    problem = "regression" if regression else "single_label_classification" if config.num_labels > 1 else None
     return AutoConfig.for_model(**config.to_hf(), problem_type=problem)
