@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxprune.allocate import Problem, make_clock, prune_problem, rank_problem, solve
+from jaxprune.allocation import Problem, make_clock, prune_problem, rank_problem, solve
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     import optax
 
     import jaxprune as jp
-    from jaxprune.prune import apply
+    from jaxprune.surgery import apply
 
     config = parse(PrunedLoraConfig, arguments, "experiments.bench prunedlora")
     method = jp.prunedlora(

@@ -119,7 +119,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
     if place == "moment":
         threading.Timer(count / 1000, die).start()
 
-    import jaxprune.train
+    import jaxprune.train.events
     from experiments import finetune
     from experiments.config import GlueConfig
     from jaxprune.checkpoint import Checkpoints
@@ -136,7 +136,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
 
         return wrapped
 
-    jaxprune.train.apply = around(jaxprune.train.apply, "event", after=True)
+    jaxprune.train.events.apply = around(jaxprune.train.events.apply, "event", after=True)
     finetune.Pruner.after = around(finetune.Pruner.after, "after event", after=True)
     # The checkpoint is written in the background from here on; most take some hundredths of a second.
     Checkpoints.save = around(Checkpoints.save, "save", after=True, delay=1e-4 + 0.03 * (count % 4))

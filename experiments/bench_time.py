@@ -44,7 +44,7 @@ class TimeConfig:
 def main(arguments: list[str]) -> None:
     """Measure, and print a table of predicted and measured times and the time model that fits them best."""
     import jaxprune as jp
-    from jaxprune.allocate import step_time
+    from jaxprune.allocation import step_time
 
     config = parse(TimeConfig, arguments, "experiments.bench time")
     world = setting(config.size, config.batch, config.length)
@@ -94,7 +94,7 @@ def dplora_phases(config: TimeConfig, world: Setting, time_budget: float | None)
     import optax
 
     import jaxprune as jp
-    from jaxprune.prune import live
+    from jaxprune.surgery import live
 
     total = 2 * (config.events + 1)
     method = jp.dplora(
@@ -148,7 +148,7 @@ class Watch:
 
         from scipy.optimize import nnls
 
-        from jaxprune.allocate import TimeModel, step_time
+        from jaxprune.allocation import TimeModel, step_time
 
         sites = self._world.sites
         kernels = sum(math.prod((site.d_in, site.d_out)) for site in sites)

@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from experiments.presets import preset
 from experiments.settings import check_once, further
-from jaxprune.allocate import SOLVERS
+from jaxprune.allocation import SOLVERS
 from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check
 from jaxprune.errors import UsageError, shown
 

@@ -36,8 +36,8 @@ from experiments.tasks import Task, get_task
 from experiments.tokens import check_ids, encode
 from jaxprune import methods, report
 from jaxprune.adapters import init_weights
-from jaxprune.allocate import Plan
-from jaxprune.attach import attach
+from jaxprune.allocation import Plan
+from jaxprune.attaching import attach
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole

@@ -22,9 +22,9 @@ from jaxprune.methods import Method
 from jaxprune.models import EncoderConfig, Pretrained, save_classifier
 from jaxprune.models.save import tokenizer_files
 from jaxprune.peft import save_adapters, save_peft
-from jaxprune.prune import extract
 from jaxprune.runs import PREDICT, Reading
 from jaxprune.sites import Site, flatten
+from jaxprune.surgery import extract
 from jaxprune.train import TrainState
 
 _SPENT = {

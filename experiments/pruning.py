@@ -10,10 +10,10 @@ import optax
 
 from experiments.recording import Clock
 from jaxprune.adapters import Masks, count
-from jaxprune.allocate import step_time
+from jaxprune.allocation import step_time
 from jaxprune.methods import Context, Method
-from jaxprune.prune import live, worth_compacting
 from jaxprune.sites import Site
+from jaxprune.surgery import live, worth_compacting
 from jaxprune.train import TrainState, compactable, compacted, prune
 
 

@@ -19,8 +19,8 @@ from jax.extend.core import Literal
 from jaxprune.adapters import Adapters, Masks, Weight
 from jaxprune.adapters.base import leaves_of
 from jaxprune.errors import UsageError, reason
-from jaxprune.prune import compact
-from jaxprune.prune.components import map_moments
+from jaxprune.surgery import compact
+from jaxprune.surgery.components import map_moments
 
 Leaves = frozenset[tuple[str, str]]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.attach import attach
+from jaxprune.attaching import attach
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path
 from jaxprune.inputs import whole

@@ -19,7 +19,7 @@ from flax.core import FrozenDict
 
 import jaxprune as jp
 from jaxprune import report
-from jaxprune.allocate import TimeModel, rank_problem
+from jaxprune.allocation import TimeModel, rank_problem
 from jaxprune.models import EncoderConfig, init_classifier, save_classifier
 from jaxprune.peft import load_peft, save_peft
 from jaxprune.sites import Site, flatten

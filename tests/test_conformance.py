@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.allocate import prune_problem, solve
+from jaxprune.allocation import prune_problem, solve
 from jaxprune.methods.sora import shrink
 from jaxprune.schedules import bezier, cubic, event_steps
 from jaxprune.scores import redundancy

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.prune import zero_dead
-from jaxprune.prune.components import along, map_moments
+from jaxprune.surgery import zero_dead
+from jaxprune.surgery.components import along, map_moments
 from tests.test_methods import METHODS
 from tests.tower import begin
 

@@ -13,7 +13,7 @@ from optax import contrib
 import jaxprune as jp
 from jaxprune.adapters import Gated
 from jaxprune.optim import check_prunable, tailored
-from jaxprune.prune import Decision, apply, compact, gather, survivors, zero_dead
+from jaxprune.surgery import Decision, apply, compact, gather, survivors, zero_dead
 from tests.tower import begin
 
 RATE, DECAY = 1e-2, 0.1

@@ -43,13 +43,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Masks, Svd, init_svd
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.prune import Decision, gather
-from jaxprune.prune.components import host
 from jaxprune.schedules import Stage, cubic, stage_steps
+from jaxprune.surgery import Decision, gather
+from jaxprune.surgery.components import host
 
 WEIGHTS = ("before", "after")
 # That of the scripts whose init_rank is 2 and alpha 32.

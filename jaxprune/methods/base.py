@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.allocate import Plan
+from jaxprune.allocation import Plan
 from jaxprune.sites import Site
 
 
@@ -90,7 +90,7 @@ class Method(NamedTuple):
         through, and free to draw from `key`. Outside training `key` and `step` are None, and the view is deterministic.
       probes: what else to measure in the backward pass.
       compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
-        `jaxprune.prune.survivors`, and `jaxprune.prune.gather` does it for trees shaped like the adapters.
+        `jaxprune.surgery.survivors`, and `jaxprune.surgery.gather` does it for trees shaped like the adapters.
       name: what a checkpoint remembers it by, and refuses another method by; an empty name goes with any.
     """
 

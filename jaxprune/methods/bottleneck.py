@@ -17,7 +17,7 @@ from typing import Annotated
 
 from jaxprune.adapters import count, init_bottleneck
 from jaxprune.adapters.bottleneck import ACTIVATIONS
-from jaxprune.allocate import Plan
+from jaxprune.allocation import Plan
 from jaxprune.checks import OneOf, Range, Rank, checked
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start

@@ -18,7 +18,7 @@ masked channels, each weighted by its kernel parameters, either
   positive). How many channels go is then up to the loss, and to whether training is long enough for logits to get from l0 to 0:
   Adam moves them by at most ten times the learning rate a step, and far less where their gradients are mostly noise.
 
-Stage 2 trains A, B and the magnitudes on. `jaxprune.prune.extract` then takes the masked channels out of the model.
+Stage 2 trains A, B and the magnitudes on. `jaxprune.surgery.extract` then takes the masked channels out of the model.
 
 The source gives the masks, their place on DoRA's magnitudes, the Gumbel-Sigmoid, two learning rates, 5e-5 and 1e-5, and the
 shares it arrived at, 75.5 % of the channels on average for RoBERTa-base and 83 % for DistilBERT. Ours are: the target and the
@@ -47,7 +47,7 @@ from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Sh
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.dora import dora
-from jaxprune.prune import Decision
+from jaxprune.surgery import Decision
 
 # Types of the masked sites. The paper's numbers of parameters are those of DoRA of rank 8 on query and value, all masked;
 # what makes an encoder fast is the MLP.

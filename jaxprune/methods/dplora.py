@@ -41,15 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, count
-from jaxprune.allocate import prune_problem, solve
+from jaxprune.allocation import prune_problem, solve
 from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.oplora import Budget, Ranks, Score, Seconds, Solver, TimeBudget, oplora
-from jaxprune.prune import Decision, trim
 from jaxprune.schedules import Schedule, bezier, event_steps
 from jaxprune.scores import component_norms
 from jaxprune.sites import Site, site_at
+from jaxprune.surgery import Decision, trim
 
 # No site has more ranks to lose.
 Events = Annotated[int, Range(1, MOST_RANK)]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Lora, Masks, init_lora
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start

@@ -47,11 +47,11 @@ from jaxprune.checks import MOST_STEPS, Count, OneOf, Positive, Range, Rank, See
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
-from jaxprune.prune import Decision
 from jaxprune.schedules import Stage, cubic, stage_steps, thinned
 from jaxprune.scores import redundancy
 from jaxprune.scores.probe import GradientProbe
 from jaxprune.sites import Site, site_at
+from jaxprune.surgery import Decision
 
 # Of x, the gradient at the product's output and the factors, reduced inside the backward pass; the same of a dense G.
 _INSIDE: dict[str, tuple[Callable, Callable]] = {

@@ -32,14 +32,14 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, SharedLora, init_lora
 from jaxprune.adapters.base import Array, matmul
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.prune import Decision
-from jaxprune.prune.components import host
 from jaxprune.schedules import Stage, stage_steps
 from jaxprune.sites import Site, site_at
+from jaxprune.surgery import Decision
+from jaxprune.surgery.components import host
 
 PER = ("layer", "site")
 

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from jaxprune.adapters import init_lora
-from jaxprune.allocate import SOLVERS, allocate
+from jaxprune.allocation import SOLVERS, allocate
 from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.inputs import check_ranks
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.scores import site_scores
-from jaxprune.scores.site_scores import SCORES
+from jaxprune.scores.gradient import SCORES
 
 Budget = Annotated[int, Range(1)]
 TimeBudget = Annotated[float, Range(above=0, high=1)]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import init_lora
 from jaxprune.adapters.base import key_for, place
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start

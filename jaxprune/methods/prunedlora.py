@@ -45,7 +45,6 @@ from jaxprune.checks import Count, OneOf, Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
-from jaxprune.prune import Decision
 from jaxprune.scores.probe import InputProbe, inverse_second_moment, second_moment
 from jaxprune.scores.surgeon import (
     COMPONENT_SCORES,
@@ -56,6 +55,7 @@ from jaxprune.scores.surgeon import (
     surgery_score,
 )
 from jaxprune.sites import Site
+from jaxprune.surgery import Decision
 
 CURVATURES = ("gtg", "fisher", "act")
 COMPENSATIONS = ("none", "B", "A")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxprune.adapters import init_lora
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
 

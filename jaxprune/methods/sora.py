@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Gated, init_gated
-from jaxprune.allocate import uniform_plan
+from jaxprune.allocation import uniform_plan
 from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.prune import Decision
-from jaxprune.prune.components import host
+from jaxprune.surgery import Decision
+from jaxprune.surgery.components import host
 
 PROX = ("soft", "released")
 

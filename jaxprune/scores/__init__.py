@@ -1,6 +1,6 @@
 """Jitted kernels that measure how much a site or a component matters."""
 
 from jaxprune.scores.components import component_norms as component_norms
-from jaxprune.scores.site_scores import SCORES as SCORES
-from jaxprune.scores.site_scores import site_scores as site_scores
+from jaxprune.scores.gradient import SCORES as SCORES
+from jaxprune.scores.gradient import site_scores as site_scores
 from jaxprune.scores.tap import KernelTap as KernelTap

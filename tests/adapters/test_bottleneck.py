@@ -9,7 +9,7 @@ from scipy.special import erf
 
 import jaxprune as jp
 from jaxprune.adapters import init_bottleneck
-from jaxprune.prune import compact
+from jaxprune.surgery import compact
 from tests.tower import tower
 
 PLAIN = {

@@ -9,8 +9,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.adapters.base import drop
-from jaxprune.prune import Decision
 from jaxprune.sites import flatten
+from jaxprune.surgery import Decision
 from tests.test_attach import equals, random_adapters
 from tests.test_methods import FORMS
 from tests.tower import begin, tower

@@ -11,8 +11,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.methods.dplora import gradient_importance
-from jaxprune.prune import live
 from jaxprune.schedules import bezier, early
+from jaxprune.surgery import live
 from tests.tower import tower
 
 SETTINGS = dict(total_steps=24, events=3, target=0.7, budget=240, ranks=range(5), solver="DP")

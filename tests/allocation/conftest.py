@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxprune.allocate import FLOPS, clock
+from jaxprune.allocation import FLOPS, clock
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from jaxprune.allocate.problem import Problem
+from jaxprune.allocation.problem import Problem
 from jaxprune.errors import UsageError
 
 MAX_BYTES = 2**30

@@ -12,7 +12,7 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError
-from jaxprune.prune.components import DROPPED, Place, host, like, map_adapters, map_moments, rebuild
+from jaxprune.surgery.components import DROPPED, Place, host, like, map_adapters, map_moments, rebuild
 
 Survivors = dict[str, np.ndarray]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bench_allocate import instance, llama_3_8b, roberta_base
-from jaxprune.allocate import (
+from jaxprune.allocation import (
     SOLVERS,
     Problem,
     allocate,
@@ -287,7 +287,7 @@ def test_broken_importances_are_replaced_and_said():
 
 
 def test_absent_solver_says_how_to_get_it(monkeypatch):
-    module = sys.modules["jaxprune.allocate.solve"]
+    module = sys.modules["jaxprune.allocation.solve"]
     monkeypatch.setattr(module, "installed", lambda: ("HIGHS",))
     with pytest.raises(UsageError, match=r"CBC is not installed; `pip install cylp`.*HIGHS"):
         allocate([1.0, 1.0], TWO, 99, solver="cbc")
@@ -302,7 +302,7 @@ def test_absent_solver_says_how_to_get_it(monkeypatch):
     ("rank", "said"), [(3, "spends .* of 40"), (0, "leaves type 'k' without"), (1, "is not the best")]
 )
 def test_answer_that_breaks_a_constraint_or_is_not_the_best_is_not_believed(monkeypatch, rank, said):
-    module = sys.modules["jaxprune.allocate.solve"]
+    module = sys.modules["jaxprune.allocation.solve"]
     problem = rank_problem([1.0, 1.0], TWO, 40, range(5))
     lie = module.Answer(np.array([rank, rank]), True, math.inf, None)
     monkeypatch.setattr(module, "milp", lambda *_: lie)
@@ -354,7 +354,7 @@ def test_table_shares_cells_and_shortens_names():
 
 def test_solvers_print_nothing():
     code = (
-        "import numpy as np\nimport jaxprune as jp\nfrom jaxprune.allocate import SOLVERS\nfrom jaxprune.sites import Site\n"
+        "import numpy as np\nimport jaxprune as jp\nfrom jaxprune.allocation import SOLVERS\nfrom jaxprune.sites import Site\n"
         "sites = [Site(f'layer_{i}/{t}', 40 + 7 * i, 64, i, t) for i in range(12) for t in 'qv']\n"
         "scores = np.random.default_rng(0).lognormal(size=24)\n"
         "for name in SOLVERS:\n    jp.allocate(scores, sites, solver=name)\nprint('mine')\n"
@@ -364,7 +364,7 @@ def test_solvers_print_nothing():
 
 
 def test_a_solver_that_gives_up_early_says_after_how_long(monkeypatch):
-    module = sys.modules["jaxprune.allocate.solve"]  # the package has a function of this name
+    module = sys.modules["jaxprune.allocation.solve"]  # the package has a function of this name
 
     def gives_up(problem, relaxed, solver, seconds):
         time.sleep(0.2)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.allocate.bound import Relaxed
-from jaxprune.allocate.problem import Problem
+from jaxprune.allocation.bound import Relaxed
+from jaxprune.allocation.problem import Problem
 
 PACKAGES = {"CBC": "cylp", "GLPK_MI": "cvxopt", "HIGHS": "highspy"}
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from experiments.bench_allocate import instance, llama_3_8b, roberta_base
-from jaxprune.allocate import (
+from jaxprune.allocation import (
     TimeModel,
     allocate,
     knapsack,

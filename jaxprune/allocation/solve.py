@@ -9,12 +9,12 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.allocate.bound import Relaxed, relax
-from jaxprune.allocate.clock import TimeModel, make_clock
-from jaxprune.allocate.knapsack import knapsack
-from jaxprune.allocate.milp import PACKAGES, Answer, installed, milp
-from jaxprune.allocate.problem import Problem, default_budget, rank_problem
-from jaxprune.allocate.result import Plan, time_line
+from jaxprune.allocation.bound import Relaxed, relax
+from jaxprune.allocation.clock import TimeModel, make_clock
+from jaxprune.allocation.knapsack import knapsack
+from jaxprune.allocation.milp import PACKAGES, Answer, installed, milp
+from jaxprune.allocation.problem import Problem, default_budget, rank_problem
+from jaxprune.allocation.result import Plan, time_line
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.inputs import check_sites, check_time_limit
 from jaxprune.sites import Site

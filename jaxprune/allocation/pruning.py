@@ -8,8 +8,8 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.allocate.clock import TimeModel, make_clock
-from jaxprune.allocate.problem import Problem
+from jaxprune.allocation.clock import TimeModel, make_clock
+from jaxprune.allocation.problem import Problem
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_importances, check_rank_of_each, check_ranks, check_sites, per_site, real
 from jaxprune.sites import Site

@@ -14,7 +14,7 @@ from typing import SupportsFloat
 
 import numpy as np
 
-from jaxprune.allocate.clock import Clock
+from jaxprune.allocation.clock import Clock
 from jaxprune.errors import UsageError
 from jaxprune.inputs import check_budget, check_importances, check_ranks, check_sites, some
 from jaxprune.sites import Site

@@ -12,8 +12,8 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError
-from jaxprune.prune.components import Place, host, like, map_adapters, map_moments, rebuild
-from jaxprune.prune.mask import zero_components
+from jaxprune.surgery.components import Place, host, like, map_adapters, map_moments, rebuild
+from jaxprune.surgery.mask import zero_components
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.allocate.problem import Problem
+from jaxprune.allocation.problem import Problem
 
 
 class Relaxed(NamedTuple):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune.prune import Decision, apply, compact, live, trim
+from jaxprune.surgery import Decision, apply, compact, live, trim
 from tests.test_methods import FORMS
 from tests.tower import tower
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError, nearest
-from jaxprune.prune.components import Place, along, host, map_adapters
+from jaxprune.surgery.components import Place, along, host, map_adapters
 
 
 def zero_dead(tree: Adapters, masks: Masks) -> dict[str, Any]:

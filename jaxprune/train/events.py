@@ -1,0 +1,65 @@
+"""Between steps: pruning events and compaction."""
+
+from __future__ import annotations
+
+import optax
+
+from jaxprune.adapters import Masks
+from jaxprune.methods.base import Context, Method
+from jaxprune.optim import tailored
+from jaxprune.surgery import Decision, apply, compact, survivors
+from jaxprune.train.placement import place
+from jaxprune.train.state import TrainState
+
+
+def prune(
+    state: TrainState,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    context: Context | None = None,
+) -> tuple[TrainState, Decision | None]:
+    """Run the method's pruning event, where there is one after the steps done so far.
+
+    A pure function of the state. Components that die are masked and every value and moment of them becomes zero; shapes and
+    places stay, so nothing is compiled again until `compacted` is called. It reads `state.step`, and so waits for the device:
+    a loop that must not wait asks `method.triggers(number)` first.
+
+    Args:
+      state: not changed.
+      method: its `triggers` and `decide`.
+      optimizer: the chain that `init_state` got.
+      context: what the method's `start` got, for methods that measure on data of their own.
+
+    Returns:
+      (state, decision); the decision is None where nothing was to be decided or nothing changes.
+    """
+    if method.decide is None or not method.triggers(int(state.step)):
+        return state, None
+    method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), context)
+    new = state._replace(method_state=method_state)
+    if decision is not None:
+        chain = tailored(optimizer, state.adapters)
+        adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
+        new = new._replace(adapters=adapters, masks=masks, opt_state=opt_state)
+    return place(new, state), decision
+
+
+def compacted(state: TrainState, method: Method | None, optimizer: optax.GradientTransformation) -> TrainState:
+    """Remove what is masked from adapters, masks, moments and the method's state; the next step is compiled anew.
+
+    Args:
+      state: not changed.
+      method: its `compact` handles its own state.
+      optimizer: the chain that `init_state` got.
+    """
+    chain = tailored(optimizer, state.adapters)
+    kept = survivors(state.masks)
+    adapters, masks, opt_state = compact(state.adapters, state.masks, state.opt_state, chain)
+    method_state = method.compact(state.method_state, kept) if method else state.method_state
+    small = state._replace(adapters=adapters, masks=masks, opt_state=opt_state, method_state=method_state)
+    return place(small, state)
+
+
+def compactable(masks: Masks) -> bool:
+    """Tell whether compaction would remove anything."""
+    return any(index.shape[-1] < masks[path].shape[-1] for path, index in survivors(masks).items())
