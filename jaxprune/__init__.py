@@ -8,12 +8,12 @@ from jaxprune.adapters import LoraFA as LoraFA
 from jaxprune.adapters import MaskedDora as MaskedDora
 from jaxprune.adapters import Svd as Svd
 from jaxprune.adapters import Vera as Vera
-from jaxprune.adapters import Weight as Weight
 from jaxprune.adapters import count as count
 from jaxprune.adapters import init_lora as init_lora
 from jaxprune.adapters import init_weights as init_weights
 from jaxprune.adapters import merge as merge
 from jaxprune.adapters import to_dora as to_dora
+from jaxprune.adapters import with_weights as with_weights
 from jaxprune.allocation import Plan as Plan
 from jaxprune.allocation import TimeModel as TimeModel
 from jaxprune.allocation import allocate as allocate
@@ -63,6 +63,7 @@ from jaxprune.sites import find_sites as find_sites
 from jaxprune.surgery import Decision as Decision
 from jaxprune.surgery import extract as extract
 from jaxprune.train import NonFiniteError as NonFiniteError
+from jaxprune.train import Training as Training
 from jaxprune.train import TrainState as TrainState
 from jaxprune.train import compactable as compactable
 from jaxprune.train import compacted as compacted
@@ -71,3 +72,4 @@ from jaxprune.train import init_state as init_state
 from jaxprune.train import make_predict as make_predict
 from jaxprune.train import make_step as make_step
 from jaxprune.train import prune as prune
+from jaxprune.train import training as training

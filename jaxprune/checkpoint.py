@@ -32,7 +32,6 @@ from jaxprune.adapters.base import leaves_of
 from jaxprune.checks import Range, whole
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Method
-from jaxprune.sites import Site
 from jaxprune.train import TrainState, init_state, leaf_names, place
 
 _log = logging.getLogger(__name__)
@@ -133,7 +132,8 @@ class Checkpoints:
         saved = {
             "step": step, "score": _score(score), "method": method.name if method else "",
             "key": str(jax.random.key_impl(state.key)) if _is_key(state.key) else None,
-            "adapters": _describe(state.adapters), "masks": _shapes(state.masks), "leaves": _shapes(arrays),
+            "adapters": _describe(state.adapters), "weights": _shapes(state.weights), "masks": _shapes(state.masks),
+            "leaves": _shapes(arrays),
             "extra": {} if extra is None else extra,
         }  # fmt: skip
         try:
@@ -175,7 +175,6 @@ class Checkpoints:
         self,
         optimizer: optax.GradientTransformation,
         method: Method | None = None,
-        sites: Sequence[Site] = (),
         *,
         step: int | None = None,
         where: TrainState | None = None,
@@ -185,7 +184,6 @@ class Checkpoints:
         Args:
           optimizer: the chain of the run.
           method: the method of the run.
-          sites: what `init_state` got.
           step: by default that of `latest`; a step that is named is never replaced by another.
           where: a state on the devices where this one is to lie, such as what `init_state` made of the run's first adapters;
             None for the one device that JAX uses by default.
@@ -203,8 +201,9 @@ class Checkpoints:
             )
         adapters = {site: self._blank(site, of) for site, of in saved["adapters"].items()}
         masks = {site: jnp.ones(shape, dtype) for site, (shape, dtype) in saved["masks"].items()}
+        weights = {leaf: jnp.zeros(shape, dtype) for leaf, (shape, dtype) in saved["weights"].items()}
         key = jax.random.PRNGKey(0) if saved["key"] is None else jax.random.key(0, impl=saved["key"])
-        like = init_state(key, adapters, masks, optimizer, method, sites)
+        like = init_state(key, adapters, masks, optimizer, method, weights=weights)
         found, expected = saved["leaves"], _shapes(_flat(like))
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if wrong:

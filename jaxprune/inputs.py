@@ -29,7 +29,7 @@ def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
     if not listed:
         raise UsageError("there are no sites; expected those that find_sites returns")
     for s in listed:
-        sizes = [whole(n) for n in (s.d_in, s.d_out, *s.stack)] if isinstance(s.stack, tuple) else [None]
+        sizes = [whole(n) for n in (s.d_in, s.d_out)]
         if not isinstance(s.path, str) or not all(size and 0 < size < _MOST for size in sizes):
             raise UsageError(f"{shown(s)} cannot be used: expected a path and sizes that are whole numbers above 0")
         if (layer := whole(s.layer)) is None or not 0 <= layer < _MOST or not isinstance(s.type, str):

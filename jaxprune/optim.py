@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from jax.extend.core import Literal
 
-from jaxprune.adapters import Adapters, Masks, Weight
+from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import leaves_of
+from jaxprune.adapters.weight import Weight
 from jaxprune.errors import UsageError, reason
 from jaxprune.surgery import compact
 from jaxprune.surgery.components import map_moments

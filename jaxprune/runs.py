@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Adapters, Masks
+from jaxprune.adapters import Adapters, Masks, with_weights
 from jaxprune.attaching import attach
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path
@@ -66,7 +66,7 @@ class LoadedRun:
     Attributes:
       reading: how texts are read, and the names of the classes.
       model: the model that the adapters are attached to.
-      adapters: what was trained; nothing where `model` has it in its own weights.
+      adapters: what was trained beside the model's own weights, which have the rest.
       masks: of the adapters.
     """
 
@@ -164,19 +164,19 @@ def load_run(folder: str | os.PathLike[str], *, model: str | os.PathLike[str] | 
         dtype=jnp.dtype(reading.dtype),
     )
     if whole_model:
-        adapters, masks = {}, {}
+        adapters, masks, weights = {}, {}, {}
     elif (part / ADAPTERS).is_file():
-        adapters, masks = load_adapters(part)
+        adapters, masks, weights = load_adapters(part)
     else:
-        adapters, masks = load_peft(part, find_sites(base.params), torch_paths=base.torch_paths)
-    if lost := [path for path in base.initialised if path not in adapters]:
+        adapters, masks, weights = load_peft(part, find_sites(base.params), torch_paths=base.torch_paths)
+    if lost := [path for path in base.initialised if path not in weights]:
         raise UsageError(f"{part} does not fit {base.folder}: neither has {lost[0]!r}; name the checkpoint of the run")
     if reading.max_length > base.config.max_length:
         raise UsageError(
             f"{part / PREDICT}: max_length {reading.max_length} is more than the {base.config.max_length} positions of "
             f"{base.folder}"
         )
-    return LoadedRun(part, reading, base, adapters, masks)
+    return LoadedRun(part, reading, dataclasses.replace(base, params=with_weights(base.params, weights)), adapters, masks)
 
 
 def _read(path: Path) -> Reading:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ class Site:
       d_out: output features of the kernel.
       layer: depth of the layer it belongs to, in the order of the forward pass; 0 where it belongs to none.
       type: its role, shared by the same kernel of every layer: the end of the path (`query`, `fc1`, ...).
-      stack: leading axes of a kernel stacked by `nn.scan`, `()` for an ordinary one.
     """
 
     path: str
@@ -46,7 +44,6 @@ class Site:
     d_out: int
     layer: int
     type: str
-    stack: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -59,8 +56,8 @@ class Site:
         return split(self.path)[1]
 
     def cost(self, rank: int = 1) -> int:
-        """Count the LoRA parameters at this site: rank * (d_in + d_out), times the stacked layers."""
-        return rank * (self.d_in + self.d_out) * math.prod(self.stack)
+        """Count the LoRA parameters at this site: rank * (d_in + d_out)."""
+        return rank * (self.d_in + self.d_out)
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,14 +134,15 @@ def find_sites(
     *,
     exclude: str = DEFAULT_EXCLUDE,
     call: Callable[[Any], Any] | None = None,
+    scan_axis: int | None = None,
 ) -> tuple[Site, ...]:
     """Find the sites that `targets` selects, ordered by depth.
 
         find_sites(params, call=lambda params: model.apply({"params": params}, x))
 
-    Without a call the sites are read from shapes and names: a kernel of two axes is a matrix (d_in, d_out), one of more a
-    stack of them. With a call, which is traced and not run, they are the matrices that the model multiplies by (see
-    `jaxprune.kernels.kernel_of`), and only those that `attach` reaches.
+    With a call, which is traced and not run, the sites are the matrices that the model multiplies by (see
+    `jaxprune.kernels.kernel_of`), and only those that `attach` reaches. Without one they are read from shapes and names: a
+    kernel of two axes is a matrix (d_in, d_out).
 
     Args:
       params: nested dict of arrays or `ShapeDtypeStruct`s; every leaf named `kernel` with two axes or more is a candidate,
@@ -152,11 +150,14 @@ def find_sites(
       targets: `"all-linear"`, a sequence of path suffixes (`["query", "mlp/fc1"]`), or one regular expression that
         must match a whole path.
       exclude: regular expression of paths that `all-linear` leaves out.
-      call: `call(params)` calls the model; needed for kernels of more than two axes that are no stacks, as in attention,
+      call: `call(params)` calls the Linen model; needed where a kernel has more than two axes, as under `nn.scan`, in attention,
         convolutions and `nn.DenseGeneral`.
+      scan_axis: for a model that cannot be traced so, such as a plain function: the axis along which kernels of three axes are
+        layers of a scan.
 
     Raises:
-      UsageError: a pattern matches no kernel; the message lists the nearest site names; or what it matches cannot be reached.
+      UsageError: a pattern matches no kernel; the message lists the nearest site names; or what it matches cannot be reached,
+        or is no matrix.
 
     Returns:
       The sites by depth, within a layer in the order of a forward pass where the names tell it.
@@ -172,7 +173,7 @@ def find_sites(
     owners = {
         joined(p, index): p
         for p, kernel in kernels.items()
-        for index in indices(kernel.shape, seen[p].axes if seen and p in seen else ())
+        for index in indices(kernel.shape, _axes(p, kernel.shape, seen, scan_axis))
     }
     if isinstance(targets, str) and targets == "all-linear":
         excluded = expression("exclude", exclude)
@@ -208,13 +209,10 @@ def find_sites(
             f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
             f"numbers and no empty axis; leave it out of the targets"
         )
-    sizes = {site: _matrix(owners[site], tuple(kernels[owners[site]].shape), seen) for site in chosen}
+    sizes = {site: _matrix(site, tuple(kernels[owners[site]].shape), seen) for site in chosen}
     place = {name: i for i, name in enumerate(_ORDER)}
     depths = _depths(owners, list(seen or ()))
-    sites = (
-        Site(path, d_in, d_out, depths[path], _Name.of(path).type, stack)
-        for path, (d_in, d_out, stack) in sizes.items()
-    )
+    sites = (Site(path, d_in, d_out, depths[path], _Name.of(path).type) for path, (d_in, d_out) in sizes.items())
     return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
 
 
@@ -269,22 +267,37 @@ def indices(shape: tuple[int, ...], axes: Sequence[int]) -> Iterator[Index]:
         yield tuple(at.get(axis) for axis in range(max(axes, default=-1) + 1))
 
 
-def _matrix(path: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int, tuple[int, ...]]:
-    """Return (d_in, d_out, stack) of a kernel."""
+def _axes(
+    path: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None, scan_axis: int | None
+) -> tuple[int, ...]:
+    """Return the axes along which a scan stacks a kernel."""
+    if seen is not None:
+        return seen[path].axes if path in seen else ()
+    return () if scan_axis is None or len(shape) != 3 else (scan_axis % 3,)
+
+
+def _matrix(site: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int]:
+    """Return (d_in, d_out) of a kernel."""
+    path, index = split(site)
     if seen is None:
-        *stack, d_in, d_out = shape
-        return d_in, d_out, tuple(stack)
+        own = tuple(size for axis, size in enumerate(shape) if axis not in stacked_axes(index))
+        if len(own) != 2:
+            raise UsageError(
+                f"kernel {shown(path)} has the shape {shape}, which does not tell its matrix; pass "
+                f"call=lambda params: model.apply({{'params': params}}, x), or for layers of a scan in a plain function scan_axis"
+            )
+        return own[0], own[1]
     kernel = seen.get(path)
     fault = "the call does not use it" if kernel is None else kernel.fault
     if kernel is None or fault:
         raise UsageError(f"no adapter reaches {shown(path)}: {fault}; leave it out of the targets")
-    return kernel.d_in, kernel.d_out, ()
+    return kernel.d_in, kernel.d_out
 
 
-def site_at(path: str, d_in: int, d_out: int, stack: tuple[int, ...] = ()) -> Site:
-    """Make the site of a kernel by itself, its layer and type read from its path."""
+def site_at(path: str, d_in: int, d_out: int) -> Site:
+    """Make the site of a kernel, its layer and type read from its path alone."""
     name = _Name.of(path)
-    return Site(path, d_in, d_out, name.number or 0, name.type, stack)
+    return Site(path, d_in, d_out, name.number or 0, name.type)
 
 
 class _Name(NamedTuple):

@@ -3,18 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.sites import flatten
-from tests.tower import FORMS, tower
+from jaxprune.sites import flatten, split
+from tests.tower import FORMS, sites_of, tower
 
 rng = np.random.default_rng
 
 
-def random_adapters(params, rank=4, dead=0, **kw):
+def random_adapters(form="plain", rank=4, dead=0, **kw):
     """Draw factors in numpy, with the first `dead` components masked."""
-    sites = jp.find_sites(params)
+    sites = sites_of(form)
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {s.path: rank for s in sites}, **kw)
     adapters = {
         path: jax.tree.map(lambda leaf, i=i: jnp.asarray(rng(i).normal(0, 0.3, leaf.shape), jnp.float32), adapter)
@@ -25,12 +26,12 @@ def random_adapters(params, rank=4, dead=0, **kw):
 
 def merged_by_hand(params, adapters, masks):
     """W + s (A * m) B in float64, component by component."""
-    flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
+    flat = {path: np.array(leaf, np.float64) for path, leaf in flatten(params).items()}
     for path, adapter in adapters.items():
         a, b, m = (np.asarray(x, np.float64) for x in (adapter.a, adapter.b, masks[path]))
-        for j in range(a.shape[-1]):
-            outer = a[..., :, j, None] * b[..., None, j, :]
-            flat[path + "/kernel"] = flat[path + "/kernel"] + adapter.scale * m[..., j, None, None] * outer
+        module, index = split(path)
+        for j in range(a.shape[1]):
+            flat[module + "/kernel"][index or ...] += adapter.scale * m[j] * np.outer(a[:, j], b[j])
     return flat
 
 
@@ -65,14 +66,14 @@ def equals(form, by_hand, adapters, masks, seen=lambda adapters, masks: (adapter
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_merge_and_gradients_equal_the_formula(form):
     _, params, _ = tower(form)
-    adapters, masks = random_adapters(params, dead=1)
+    adapters, masks = random_adapters(form, dead=1)
     equals(form, merged_by_hand(params, adapters, masks), adapters, masks)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_masked_components_get_exactly_no_gradient(form):
     model, params, x = tower(form)
-    adapters, masks = random_adapters(params, dead=2)
+    adapters, masks = random_adapters(form, dead=2)
     grads = jax.jit(jax.grad(lambda a: jnp.sum(jp.attach(model)(params, a, masks, x) ** 2)))(adapters)
     for grad in grads.values():
         assert not np.any(grad.a[..., :, :2]) and not np.any(grad.b[..., :2, :])
@@ -82,7 +83,7 @@ def test_masked_components_get_exactly_no_gradient(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_fresh_adapter_changes_nothing(form):
     model, params, x = tower(form)
-    sites = jp.find_sites(params)
+    sites = sites_of(form)
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {s.path: 3 for s in sites})
     with_adapters, without = (jax.jit(jp.attach(model))(params, *a, x) for a in ((adapters, masks), ({}, {})))
     np.testing.assert_array_equal(with_adapters, without)
@@ -92,7 +93,7 @@ def test_a_fresh_adapter_changes_nothing(form):
 def test_merge_equals_the_formula_and_keeps_the_dtype():
     _, params, _ = tower()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    adapters, masks = random_adapters(params, dead=1)
+    adapters, masks = random_adapters(dead=1)
     merged = jp.merge(params, adapters, masks)
     for path, expected in merged_by_hand(params, adapters, masks).items():
         leaf = flatten(merged)[path]
@@ -100,14 +101,24 @@ def test_merge_equals_the_formula_and_keeps_the_dtype():
         np.testing.assert_allclose(np.asarray(leaf, np.float64), expected, rtol=2**-7, atol=1e-6)
 
 
-def test_trained_leaves_replace_parameters():
-    model, params, x = tower()
+def test_trained_weights_replace_parameters():
+    _, params, _ = tower()
     weights = jp.init_weights(params, "^head/")
-    assert sorted(weights) == ["head/bias", "head/kernel"] and jp.count(weights, {}) == 18
-    moved = {path: jp.Weight(weight.value + 1.0) for path, weight in weights.items()}
+    assert {path: leaf.shape for path, leaf in weights.items()} == {"head/bias": (2,), "head/kernel": (8, 2)}
+    moved = {path: weight + 1.0 for path, weight in weights.items()}
     by_hand = {**params, "head": jax.tree.map(lambda leaf: leaf + 1.0, params["head"])}
-    np.testing.assert_array_equal(jp.attach(model)(params, moved, {}, x), model.apply({"params": by_hand}, x))
-    np.testing.assert_array_equal(jp.merge(params, moved, {})["head"]["kernel"], by_hand["head"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, jp.with_weights(params, moved), by_hand)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert jp.with_weights(half, moved)["head"]["kernel"].dtype == jnp.bfloat16
+    assert jp.with_weights(params, {}) is params
+    for wrong, message in [
+        ({"head/kernal": jnp.ones((8, 2))}, "not in the parameters; nearest names: head/kernel"),
+        ({"head/kernel": jnp.ones((2, 8))}, r"has shape \(2, 8\), expected \(8, 2\)"),
+        ({"head/kernel": 1.0}, "is 1.0; expected an array"),
+        (None, "weights None cannot be used"),
+    ]:
+        with pytest.raises(jp.UsageError, match=message):
+            jp.with_weights(params, wrong) if wrong else jp.init_state(jax.random.key(0), {}, {}, optax.sgd(1.0), weights=wrong)
 
 
 def test_initial_values_depend_on_the_path_alone():
@@ -130,7 +141,7 @@ def test_alpha_and_scale():
 @pytest.mark.parametrize("form", ["plain", "scan"])
 def test_adapter_dropout_needs_a_key_and_keeps_the_mean(form):
     model, params, x = tower(form)
-    adapters, masks = random_adapters(params, dropout=0.5)
+    adapters, masks = random_adapters(form, dropout=0.5)
     adapters = jax.tree.map(lambda leaf: 0.01 * leaf, adapters)
     forward = jax.jit(lambda key: jp.attach(model)(params, adapters, masks, x, rngs={"dropout": key}))
     base, still = (jp.attach(model)(params, a, masks, x) for a in ({}, adapters))
@@ -141,7 +152,7 @@ def test_adapter_dropout_needs_a_key_and_keeps_the_mean(form):
 
 def test_an_adapter_that_would_do_nothing_is_an_error():
     model, params, x = tower()
-    adapters, masks = random_adapters(params)
+    adapters, masks = random_adapters()
     with pytest.raises(jp.UsageError, match="not in the parameters; nearest names: layer_./fc1"):
         jp.attach(model)(params, {"layer_9/fc1": adapters["layer_0/fc1"]}, masks, x)
     orphan = {**params, "unused": {"kernel": jnp.ones((8, 12))}}

@@ -88,7 +88,7 @@ def divided(folder):
         return jp.Lora(*along, lora.scale)
 
     begun = {path: split(lora) for path, lora in world.start.adapters.items()}
-    wide = jp.init_state(world.state.key, begun, world.start.masks, optimizer, method, world.context.sites)
+    wide = jp.init_state(world.state.key, begun, world.start.masks, optimizer, method)
     first, compiled = wide, Compiled()
 
     def check(state):

@@ -61,7 +61,8 @@ def test_no_op_at_the_start_then_learning_without_retracing(name, form):
     world, _, losses = trained(name, form)
     x, start = world.batch["x"], world.start
     plain = jax.jit(lambda: world.model.apply({"params": tower(form)[1]}, x))()
-    begun = jax.jit(world.forward)(world.params, *world.method.seen(start.adapters, start.masks), x)
+    params = jp.with_weights(world.params, start.weights)
+    begun = jax.jit(world.forward)(params, *world.method.seen(world.state.method_state, start.adapters, start.masks), x)
     np.testing.assert_allclose(begun, plain, rtol=1e-5, atol=1e-6)
     # Once for the steps that measure and once for the others, where there are probes.
     assert losses[-1] < losses[0] and len(world.traces) == (2 if world.method.probes else 1)
@@ -71,8 +72,9 @@ def test_no_op_at_the_start_then_learning_without_retracing(name, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_merging_gives_the_adapted_model(name, form):
     world, state, _ = trained(name, form)
-    model, params, x = world.model, world.params, world.batch["x"]
-    adapters, masks = world.method.seen(state.adapters, state.masks)
+    model, x = world.model, world.batch["x"]
+    params = jp.with_weights(world.params, state.weights)
+    adapters, masks = world.method.seen(state.method_state, state.adapters, state.masks)
     if name in BOTTLENECKS:
         with pytest.raises(jp.UsageError, match="cannot be merged"):
             jp.merge(params, adapters, masks)
@@ -80,7 +82,7 @@ def test_merging_gives_the_adapted_model(name, form):
     merged = jp.merge(params, adapters, masks)
     adapted = jax.jit(world.forward)(params, adapters, masks, x)
     np.testing.assert_allclose(jax.jit(lambda: model.apply({"params": merged}, x))(), adapted, rtol=1e-4, atol=1e-5)
-    assert np.abs(adapted - jax.jit(lambda: model.apply({"params": params}, x))()).max() > 1e-3
+    assert np.abs(adapted - jax.jit(lambda: model.apply({"params": world.params}, x))()).max() > 1e-3
 
 
 @every
@@ -92,7 +94,8 @@ def test_frozen_parameters_are_not_differentiated(name):
     assert jp.count(state.adapters, state.masks) == jp.count(start.adapters, start.masks)
     leaves = [(adapter, *item) for adapter in state.adapters.values() for item in vars(adapter).items()]
     frozen = [leaf for adapter, field, leaf in leaves if field in getattr(adapter, "frozen", ())]
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.adapters)) - sum(leaf.size for leaf in frozen)
+    both = jax.tree.leaves((state.adapters, state.weights))
+    trainable = sum(leaf.size for leaf in both) - sum(leaf.size for leaf in frozen)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * trainable
 
@@ -124,8 +127,8 @@ def test_plans_keep_their_promises(name):
 
 def test_what_full_and_bitfit_train():
     _, params, _ = tower()
-    assert set(trained("full")[0].start.adapters) == {p for p in jp.sites.flatten(params)}
-    assert all(path.endswith("/bias") for path in trained("bitfit")[0].start.adapters)
+    assert set(trained("full")[0].start.weights) == {p for p in jp.sites.flatten(params)}
+    assert all(path.endswith("/bias") for path in trained("bitfit")[0].start.weights)
 
 
 def test_oplora_follows_the_scores():

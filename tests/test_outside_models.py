@@ -145,7 +145,7 @@ def test_scored_planned_trained_pruned_and_merged(name):
     # At 0.6 of the budget a quarter of the components goes.
     method = jp.dplora(total_steps=8, budget=6 * len(sites) * 20, ranks=range(4), events=2, dropout=dropout)
     start, optimizer = method.start(context), optax.adam(3e-2)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     losses = []
     for _ in range(8):
@@ -235,10 +235,12 @@ def test_activations_are_averaged_over_all_uses():
     assert score["block"] == pytest.approx(np.mean(sizes), rel=1e-5)
 
 
-def test_sites_read_from_shapes_alone_are_refused_where_they_are_no_stacks():
-    """Attention's kernels look like stacks of layers."""
+def test_shapes_alone_do_not_tell_the_matrices_of_attention():
+    """They look like stacks of layers; adapters of wrong sizes are refused by the model too."""
     _, forward, params, x, _ = setting("vit")
-    sites = jp.find_sites(params, ["query"])
+    with pytest.raises(jp.UsageError, match=r"shape \(12, 2, 6\), which does not tell its matrix; pass call=lambda params"):
+        jp.find_sites(params, ["query"])
+    sites = [jp.Site("encoderblock_0/attention/query", 24, 6, 0, "query")]
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {site.path: 1 for site in sites})
     with pytest.raises(jp.UsageError, match=r"one matrix of \(12, 12\); make it from find_sites\(params, call="):
         forward(params, adapters, masks, x)

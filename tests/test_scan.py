@@ -62,7 +62,7 @@ def test_layers_are_sites_of_their_own(form):
     _, _, sites, _, renamed = setting(form)
     plain = setting()[2]
     assert [s.path for s in sites] == [renamed[s.path] for s in plain]
-    of = lambda s: (s.d_in, s.d_out, s.layer, s.type, s.cost(3), s.stack)  # noqa: E731
+    of = lambda s: (s.d_in, s.d_out, s.layer, s.type, s.cost(3))  # noqa: E731
     assert [of(s) for s in sites] == [of(s) for s in plain]
     assert {s.module for s in sites} == {"layers/fc1", "layers/fc2"}
     assert [i for s in sites for i in s.index if i is not None] == [s.layer for s in plain]
@@ -122,7 +122,7 @@ def test_equal_plans_masks_and_losses_over_forty_steps(name):
         if not form:
             adapters, masks = start.adapters, start.masks
         optimizer = optax.adamw(1e-2)
-        state = jp.init_state(jax.random.key(4), moved(adapters, names), moved(masks, names), optimizer, method, sites)
+        state = jp.init_state(jax.random.key(4), moved(adapters, names), moved(masks, names), optimizer, method)
         step, losses, events = jp.make_step(forward, loss_fn, optimizer, method, donate=False), [], []
         for _ in range(40):
             state, metrics = step(params, state, batch)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxprune import UsageError, find_sites
 from jaxprune.sites import flatten, unflatten
-from tests.tower import tower
+from tests.tower import sites_of, tower
 
 
 def test_all_linear_leaves_out_the_head_and_orders_by_layer():
@@ -27,9 +27,15 @@ def test_layers_sort_as_numbers_and_types_come_from_the_last_part():
     assert sites[0].cost(4) == 32
 
 
-def test_a_number_in_the_kernels_own_name_is_no_layer():
-    site, _ = find_sites(tower("scan")[1])
-    assert (site.path, site.layer, site.stack, site.cost(2)) == ("layers/fc1", 0, (3,), 2 * 20 * 3)
+def test_layers_of_a_scan_in_a_plain_function_are_named_by_the_axis():
+    """A number in the kernel's own name is no layer's."""
+    found = find_sites(tower("scan")[1], scan_axis=0)
+    assert found == sites_of("scan")
+    assert [(s.path, s.layer, s.cost(2)) for s in found[:3:2]] == [("layers/fc1[0]", 0, 40), ("layers/fc1[1]", 1, 40)]
+    turned = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), tower("scan")[1]["layers"])
+    assert [s.path for s in find_sites({"layers": turned}, ["fc2"], scan_axis=-1)] == [f"layers/fc2[:,:,{i}]" for i in range(3)]
+    with pytest.raises(UsageError, match=r"'layers/fc1' has the shape \(3, 8, 12\), which does not tell its matrix"):
+        find_sites(tower("scan")[1])
 
 
 @pytest.mark.parametrize("shape", ["layer_{}/{}", "layer_{}_{}", "layers_{}.{}", "body/block{}_{}", "h{}/{}"])

@@ -24,7 +24,7 @@ def setting(optimizer=None, method=None, **kw):
     sites = jp.find_sites(params)
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {s.path: 2 for s in sites})
     optimizer = optimizer or optax.adam(1e-2)
-    state = jp.init_state(jax.random.key(2), adapters, masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(2), adapters, masks, optimizer, method)
     step = jp.make_step(jp.attach(model), loss_fn, optimizer, method, donate=False, **kw)
     return params, state, step, {"x": x, "y": jnp.ones((4, 2))}
 
@@ -114,16 +114,19 @@ def test_randomness_is_a_function_of_key_and_step():
 def test_observe_penalty_and_project_take_part():
     method = Method(
         start=lambda context: None,  # type: ignore[arg-type,return-value]
-        init=lambda adapters, masks, sites: jnp.zeros(()),
+        init=lambda adapters, masks: jnp.zeros(()),
         observe=lambda state, adapters, masks, grads, step, measured: state + optax.tree.norm(grads),
-        penalty=lambda adapters: 3.0 + 0.0 * adapters["layer_0/fc1"].b.sum(),
-        project=lambda state, adapters, masks, step: jax.tree.map(lambda w: jnp.clip(w, -0.01, 0.01), adapters),
+        penalty=lambda state, adapters, masks: 3.0 + 0.0 * adapters["layer_0/fc1"].b.sum(),
+        project=lambda state, adapters, masks, grads, step: (
+            state + 100 * step,
+            jax.tree.map(lambda w: jnp.clip(w, -0.01, 0.01), adapters),
+        ),
     )
     params, state, step, batch = setting(method=method)
     plain = setting()[2](params, state._replace(method_state=()), batch)[1]
     new, metrics = step(params, state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]) + 3.0, rel=1e-6)
-    assert float(new.method_state) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
+    assert float(new.method_state) == pytest.approx(100 + float(metrics["grad_norm"]), rel=1e-6)
     assert max(float(jnp.abs(w).max()) for w in jax.tree.leaves(new.adapters)) <= 0.01
 
 

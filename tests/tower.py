@@ -48,6 +48,13 @@ def tower(form: str = "plain"):
     return model, jax.jit(model.init)(jax.random.key(0), x)["params"], x
 
 
+@functools.lru_cache
+def sites_of(form: str = "plain", **kw):
+    """Return the sites of a tower, one for each layer."""
+    model, params, x = tower(form)
+    return jp.find_sites(params, call=lambda params: model.apply({"params": params}, x), **kw)
+
+
 def loss_fn(apply, batch, key):
     """Return the mean squared distance of the outputs from 1."""
     return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
@@ -73,10 +80,10 @@ def begin(method: jp.Method, form: str = "plain", optimizer: optax.GradientTrans
     """Start a method on a tower."""
     model, params, x = tower(form)
     optimizer = optimizer or optax.adamw(1e-2)
-    sites, forward, batch, traces = jp.find_sites(params), jp.attach(model), {"x": x}, []
+    sites, forward, batch, traces = sites_of(form), jp.attach(model), {"x": x}, []
     context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [batch], [{"x": x[:, None]}])
     start = method.start(context)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, weights=start.weights)
 
     def counted(apply, batch, key):
         traces.append(1)

@@ -25,5 +25,8 @@ from jaxprune.adapters.vera import Pair as Pair
 from jaxprune.adapters.vera import Vera as Vera
 from jaxprune.adapters.vera import init_vera as init_vera
 from jaxprune.adapters.vera import share_pair as share_pair
-from jaxprune.adapters.weight import Weight as Weight
+from jaxprune.adapters.weight import Weights as Weights
 from jaxprune.adapters.weight import init_weights as init_weights
+from jaxprune.adapters.weight import joined as joined
+from jaxprune.adapters.weight import parted as parted
+from jaxprune.adapters.weight import with_weights as with_weights

@@ -78,31 +78,27 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
     Args:
       flat: the parameters, {path: leaf}.
       path: the adapter's.
-      adapter: of any kind; a kind that stands in for a leaf has a `value`, every other one belongs to a kernel.
+      adapter: of any kind.
       mask: of the adapter, or None.
 
     Raises:
       UsageError: there is no such leaf, or a shape differs.
     """
-    whole = hasattr(adapter, "value")
-    leaf = path if whole else leaf_at(flat, path) or ""
-    if not isinstance(path, str) or leaf not in flat:
-        near = nearest(str(path) if whole else f"{path}/kernel", flat)
+    leaf = leaf_at(flat, path) if isinstance(path, str) else None
+    if leaf is None:
+        near = nearest(f"{path}/kernel", flat)
         raise UsageError(f"adapter path {shown(path)} is not in the parameters; nearest names: {near}")
     if not (hasattr(adapter, "merge") or hasattr(adapter, "linear")):
         raise UsageError(
             f"the adapter at {shown(path)} is {shown(adapter)}; expected one that init_lora or a method made"
         )
-    if (trained := getattr(adapter, "value", flat[leaf])).shape != flat[leaf].shape:
-        raise UsageError(
-            f"the weight at {shown(path)} has shape {trained.shape}, expected {flat[leaf].shape} as the parameter"
-        )
     axes = getattr(adapter, "rank_axes", {})
     if axes.keys() >= {"a", "b"}:
-        *stack, d_in, rank = adapter.a.shape
-        d_out, indexed = adapter.b.shape[-1], stacked_axes(split(path)[1])
+        d_in, d_out, indexed = adapter.a.shape[0], adapter.b.shape[-1], stacked_axes(split(path)[1])
         shape = tuple(size for axis, size in enumerate(flat[leaf].shape) if axis not in indexed)
-        if adapter.b.shape != (*stack, rank, d_out) or not _is_matrix(shape, tuple(stack), d_in, d_out):
+        splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
+        pair = adapter.a.ndim == adapter.b.ndim == 2 and adapter.a.shape[1] == adapter.b.shape[0]
+        if not pair or (d_in, d_out) not in splits:
             raise UsageError(
                 f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, which do not fit "
                 f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
@@ -111,20 +107,13 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
     return leaf
 
 
-def _is_matrix(shape: tuple[int, ...], stack: tuple[int, ...], d_in: int, d_out: int) -> bool:
-    """Tell whether a kernel is a stack of matrices: first the stack, then axes that make d_in, then axes that make d_out."""
-    rest = shape[len(stack) :]
-    splits = [(math.prod(rest[:i]), math.prod(rest[i:])) for i in range(1, len(rest))]
-    return shape[: len(stack)] == stack and (d_in, d_out) in splits
-
-
 def merged(adapter: Any, kernel: Array, mask: Array | None) -> Array:
     """Return the kernel with an adapter folded into the matrix that it is, in the kernel's shape."""
     own = getattr(adapter, "lora", adapter)
     if hasattr(own, "d_in"):
-        shape = (*own.d.shape[:-1], own.d_in, own.b.shape[-1])
+        shape = (own.d_in, own.b.shape[-1])
     elif hasattr(own, "a"):
-        shape = (*own.a.shape[:-1], own.b.shape[-1])
+        shape = (own.a.shape[0], own.b.shape[-1])
     else:  # it changes every entry for itself
         shape = kernel.shape
     return adapter.merge(kernel.reshape(shape), mask).reshape(kernel.shape)
@@ -135,7 +124,7 @@ def by_leaf(
 ) -> dict[str, dict[Index, tuple[str, Any, Array | None]]]:
     """Group the adapters of sites by the leaf they belong to: {leaf: {index: (path, adapter, mask)}}.
 
-    Every adapter is checked to fit; those that stand in for a leaf are in no group.
+    Every adapter is checked to fit.
 
     Raises:
       UsageError: as `place`, or the paths count the layers of one kernel along different axes.
@@ -144,8 +133,6 @@ def by_leaf(
     grouped: dict[str, dict[Index, tuple[str, Any, Array | None]]] = {}
     for path, adapter in adapters.items():
         leaf = place(flat, path, adapter, masks.get(path))
-        if hasattr(adapter, "value"):
-            continue
         index = split(path)[1]
         own = grouped.setdefault(leaf, {})
         if own and stacked_axes(index) != stacked_axes(next(iter(own))):
@@ -164,7 +151,7 @@ def check_mask(path: str, adapter: Any, mask: Any) -> None:
         return
     name, axis = next(iter(axes.items()))
     leaf = getattr(adapter, name)
-    expected, given = (*leaf.shape[:-2], leaf.shape[axis]), getattr(mask, "shape", None)
+    expected, given = (leaf.shape[axis],), getattr(mask, "shape", None)
     if given != expected:
         what = shown(mask) if given is None else f"of shape {given}"
         raise UsageError(f"the mask at {shown(path)} is {what}, expected shape {expected}: one entry a component")

@@ -32,7 +32,7 @@ ACTIVATIONS = {
 )
 @dataclass(frozen=True)
 class Bottleneck:
-    """Hold the two layers of one site with d outputs; every leaf has the stacked axes of its kernel in front.
+    """Hold the two layers of one site with d outputs.
 
     Attributes:
       down: D, (d, r).
@@ -77,8 +77,8 @@ class Bottleneck:
     def count(self, mask: Array | None) -> int:
         """Count 2 d + 1 for every live unit, and d for the bias of a site that has one."""
         width, d = self.up.shape[-2:]
-        units = jnp.ones((*self.up.shape[:-2], width)) if mask is None else mask
-        return int(jnp.sum(units)) * (2 * d + 1) + int(jnp.sum(jnp.max(units, axis=-1))) * d
+        units = width if mask is None else int(jnp.sum(mask))
+        return units * (2 * d + 1) + (d if units else 0)
 
 
 def init_bottleneck(
@@ -107,12 +107,10 @@ def init_bottleneck(
     for site in sites:
         if not (width := planned.get(site.path, 0)):
             continue
-        stack, d = site.stack, site.d_out
+        d = site.d_out
         bound = 1.0 / math.sqrt(d)
-        down = jax.random.uniform(key_for(key, site.path), (*stack, d, width), jnp.float32, -bound, bound)
+        down = jax.random.uniform(key_for(key, site.path), (d, width), jnp.float32, -bound, bound)
         zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        adapters[site.path] = Bottleneck(
-            down, zeros((*stack, width)), zeros((*stack, width, d)), zeros((*stack, d)), activation
-        )
-        masks[site.path] = jnp.ones((*stack, width), jnp.float32)
+        adapters[site.path] = Bottleneck(down, zeros(width), zeros((width, d)), zeros(d), activation)
+        masks[site.path] = jnp.ones(width, jnp.float32)
     return adapters, masks

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, matmul
 from jaxprune.adapters.lora import Lora
-from jaxprune.adapters.weight import Weight
 from jaxprune.errors import UsageError
 from jaxprune.sites import flatten, layer_of, leaf_at, split
 
@@ -36,7 +35,7 @@ class Dora(Lora):
     """Hold the factors and the magnitude of one site.
 
     Attributes:
-      magnitude: (d_out,), or (layers, d_out) for a stacked kernel.
+      magnitude: (d_out,).
     """
 
     magnitude: Array = field(kw_only=True)
@@ -81,7 +80,7 @@ def to_dora(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     """Give LoRA adapters a magnitude, magnitude = |W + s A B|, so that they start from the same function.
 
     Args:
-      adapters: {site path: Lora}; a `Weight` stays as it is.
+      adapters: {site path: Lora}.
       params: the parameters they belong to; for PiSSA those whose factors were taken out.
 
     Raises:
@@ -90,8 +89,6 @@ def to_dora(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     flat = flatten(params)
 
     def one(path: str, adapter: Any) -> Any:
-        if isinstance(adapter, Weight):
-            return adapter
         if type(adapter) is not Lora:
             raise UsageError(f"adapter {path!r} is a {type(adapter).__name__}; only Lora can become DoRA")
         leaf, delta = leaf_at(flat, path), adapter.delta(None)

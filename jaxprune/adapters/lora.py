@@ -64,7 +64,7 @@ class Lora:
 
     def count(self, mask: Array | None) -> int:
         """Count (d_in + d_out) for every live component."""
-        live = int(jnp.sum(mask)) if mask is not None else math.prod(self.a.shape[:-2]) * self.rank
+        live = int(jnp.sum(mask)) if mask is not None else self.rank
         return live * (self.a.shape[-2] + self.b.shape[-1])
 
     def _gate(self, mask: Array | None) -> Array:
@@ -105,8 +105,8 @@ def init_lora(
         if not (rank := planned.get(site.path, 0)):
             continue
         bound = 1.0 / math.sqrt(site.d_in)
-        a = jax.random.uniform(key_for(key, site.path), (*site.stack, site.d_in, rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((*site.stack, rank, site.d_out), jnp.float32)
+        a = jax.random.uniform(key_for(key, site.path), (site.d_in, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((rank, site.d_out), jnp.float32)
         adapters[site.path] = Lora(a, b, scale if alpha is None else alpha / rank, dropout)
-        masks[site.path] = jnp.ones((*site.stack, rank), jnp.float32)
+        masks[site.path] = jnp.ones(rank, jnp.float32)
     return adapters, masks

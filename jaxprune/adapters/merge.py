@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.adapters.base import Adapters, Masks, by_leaf, check_mappings, merged
-from jaxprune.adapters.weight import Weight
 from jaxprune.sites import Index, flatten, layer_of, stacked_axes, with_layers, with_leaves
 
 
@@ -14,7 +13,8 @@ def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[s
     """Return parameters that do without adapters what `params` do with them: W <- W + s (A * m) B, in float32.
 
     Args:
-      params: nested dict of arrays; left as it is, and its structure is that of the result.
+      params: nested dict of arrays; left as it is, and its structure is that of the result. Trained weights come first:
+        `merge(with_weights(params, weights), adapters, masks)`.
       adapters: {path: adapter}.
       masks: {path: mask}.
 
@@ -23,23 +23,17 @@ def merge(params: Mapping[str, Any], adapters: Adapters, masks: Masks) -> dict[s
     """
     flat = flatten(params)
     grouped = by_leaf(flat, adapters, masks)
-    flat.update(trained(flat, adapters))
     for leaf, own in grouped.items():
         kernel = flat[leaf]
         layers = {i: merged(adapter, layer_of(kernel, i), mask) for i, (_, adapter, mask) in own.items()}
         flat[leaf] = with_layers(kernel, layers)
-    for leaf, own in grouped.items():  # now that trained biases are in place
+    for leaf, own in grouped.items():
         if (at := f"{leaf.rpartition('/')[0]}/bias") in flat and hasattr(next(iter(own.values()))[1], "merge_bias"):
             bias, sizes = flat[at], flat[leaf].shape
             places = {bias_index(i, sizes, bias.shape): given for i, given in own.items()}
             layers = {i: adapter.merge_bias(layer_of(bias, i), mask) for i, (_, adapter, mask) in places.items()}
             flat[at] = with_layers(bias, layers)
     return with_leaves(params, flat)
-
-
-def trained(flat: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
-    """Return the trained values of the leaves that are trained as they are."""
-    return {path: weight.merge(flat[path], None) for path, weight in adapters.items() if isinstance(weight, Weight)}
 
 
 def bias_index(index: Index, kernel: tuple[int, ...], bias: tuple[int, ...]) -> Index:

@@ -17,12 +17,10 @@ from jaxprune.adapters.lora import init_lora
 from jaxprune.sites import Site
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["a", "e", "b", "held"], meta_fields=["scale", "dropout"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "e", "b"], meta_fields=["scale", "dropout"])
 @dataclass(frozen=True)
 class Svd(Diagonal):
-    """Hold the factors of one site; every leaf has the stacked axes of its kernel in front.
+    """Hold the factors of one site.
 
     Attributes:
       a: (d_in, r), columns kept near orthonormal by a penalty.
@@ -30,8 +28,6 @@ class Svd(Diagonal):
       b: (r, d_out), rows kept near orthonormal.
       scale: s = alpha / (r + 1e-5), fixed when the site is planned.
       dropout: rate of the dropout on the adapter's input.
-      held: (r,) or None: what `e` was before it was last masked. Not trained, and nothing of the forward pass; a method
-        that scores after the update needs it.
     """
 
     a: Array
@@ -39,14 +35,9 @@ class Svd(Diagonal):
     b: Array
     scale: float
     dropout: float = 0.0
-    held: Array | None = None
 
     diagonal: ClassVar[str] = "e"
-    rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "e": -1, "b": -2, "held": -1})
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        return () if self.held is None else ("held",)
+    rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "e": -1, "b": -2})
 
 
 def init_svd(

@@ -32,7 +32,7 @@ SHARED = "vera shared pair"
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=[])
 @dataclass(frozen=True)
 class Pair:
-    """Hold the frozen matrices: a (d_in, r) and b (r, d_out), with the axes of a stacked kernel in front where handed to one."""
+    """Hold the frozen matrices: a (d_in, r) and b (r, d_out)."""
 
     a: Array
     b: Array
@@ -50,8 +50,8 @@ class Vera:
     """Hold the vectors of one site.
 
     Attributes:
-      d: (r,), or (layers, r) for a stacked kernel; scales the components.
-      b: (d_out,), or (layers, d_out); scales the outputs.
+      d: (r,); scales the components.
+      b: (d_out,); scales the outputs.
       d_in: input features of the kernel.
       dropout: rate of the dropout on the adapter's input.
       pair: A and B, where `share_pair` has handed them out; None in what a training step keeps.
@@ -80,7 +80,7 @@ class Vera:
     def as_lora(self, mask: Array | None) -> Lora:
         """Return LoRA of factors A * d and B * b, with s = 1."""
         pair = self._own()
-        return Lora(pair.a * self.d[..., None, :], pair.b * self.b[..., None, :], 1.0, self.dropout)
+        return Lora(pair.a * self.d, pair.b * self.b, 1.0, self.dropout)
 
     def _own(self) -> Pair:
         if self.pair is None:
@@ -91,17 +91,11 @@ class Vera:
 
 
 def share_pair(adapters: Adapters) -> dict[str, Any]:
-    """Hand the shared A and B out to the sites, each its own part.
-
-    A kernel stacked by `nn.scan` gets a copy for each of its layers, since a scan slices whatever belongs to a layer; the
-    copies live inside the step only.
-    """
+    """Hand the shared A and B out to the sites, each its own part."""
     pair: Pair = jax.lax.stop_gradient(adapters[SHARED])
 
     def own(adapter: Vera) -> Vera:
-        a, b = pair.a[: adapter.d_in], pair.b[:, : adapter.b.shape[-1]]
-        stack = adapter.d.shape[:-1]
-        part = Pair(jnp.broadcast_to(a, (*stack, *a.shape)), jnp.broadcast_to(b, (*stack, *b.shape)))
+        part = Pair(pair.a[: adapter.d_in], pair.b[:, : adapter.b.shape[-1]])
         return dataclasses.replace(adapter, pair=part)
 
     rest = {path: adapter for path, adapter in adapters.items() if path != SHARED}
@@ -138,8 +132,8 @@ def init_vera(
     b = jax.random.uniform(key_b, (rank, d_out), jnp.float32, -1, 1) * math.sqrt(6 / rank)
     adapters: dict[str, Any] = {
         site.path: Vera(
-            jnp.full((*site.stack, rank), start, jnp.float32),
-            jnp.zeros((*site.stack, site.d_out), jnp.float32),
+            jnp.full(rank, start, jnp.float32),
+            jnp.zeros(site.d_out, jnp.float32),
             site.d_in,
             dropout,
         )

@@ -104,7 +104,7 @@ class Clock:
 
 
 def make_clock(sites: Sequence[Site], time_budget: float = 1.0, model: TimeModel | None = None) -> Clock:
-    """Count the step time of every layer from kernel shapes, and set the limit (stacked kernels count as one layer).
+    """Count the step time of every layer from kernel shapes, and set the limit.
 
     Only the kernels of `sites` are counted; attention, norms and the embedding are taken to shrink along with them. A
     site outside any numbered layer counts as layer 0, where back-propagation ends last.
@@ -129,7 +129,7 @@ def make_clock(sites: Sequence[Site], time_budget: float = 1.0, model: TimeModel
         )
     kernels: dict[int, int] = {}
     for s in sites:
-        kernels[s.layer] = kernels.get(s.layer, 0) + s.d_in * s.d_out * math.prod(s.stack)
+        kernels[s.layer] = kernels.get(s.layer, 0) + s.d_in * s.d_out
     forward, back = model.forward * sum(kernels.values()), {k: model.backward * n for k, n in kernels.items()}
     total = forward + sum(back.values()) + model.own * sum(s.cost(YARDSTICK) for s in sites)
     layer = np.array([s.layer for s in sites], np.int64)

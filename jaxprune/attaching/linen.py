@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from flax.core import DenyList
 from flax.linen.dtypes import promote_dtype
 
-from jaxprune.adapters import Adapters, Masks, Weight
+from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import Array, by_leaf, drop, merged
-from jaxprune.adapters.merge import trained
 from jaxprune.attaching.stacking import one_layer, stack
 from jaxprune.errors import UsageError, shown
 from jaxprune.kernels import Kernel, kernel_of
@@ -93,9 +92,7 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
             kwargs["mutable"] = DenyList("params")
         with nn.intercept_methods(intercept):
             outputs = model.apply(collections, *inputs, rngs=rngs, method=method, **kwargs)
-        missed = [
-            p for p, adapter in adapters.items() if not isinstance(adapter, Weight) and split(p)[0] not in reached
-        ]
+        missed = [path for path in adapters if split(path)[0] not in reached]
         if missed:
             raise UsageError(
                 f"{len(missed)} adapters were never reached, first {missed[0]!r}: its module is no nn.Dense, DenseGeneral, "
@@ -103,12 +100,13 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
             )
         return outputs
 
+    forward.takes_rngs = True  # pyright: ignore[reportFunctionMemberAccess]
     return forward
 
 
 def _check_one_matrix(path: str, adapter: Any, kernel: Kernel) -> None:
     expected = (kernel.d_in, kernel.d_out)
-    if hasattr(adapter, "a") and (*adapter.a.shape[:-1], *adapter.b.shape[1:]) != expected:
+    if hasattr(adapter, "a") and (adapter.a.shape[0], adapter.b.shape[-1]) != expected:
         raise UsageError(
             f"the adapter at {shown(path)} has factors of shapes {adapter.a.shape} and {adapter.b.shape}, but its "
             f"module multiplies by one matrix of {expected}; make it from find_sites(params, call=...)"
@@ -201,7 +199,6 @@ def _insert(
     """
     flat, replaced, stacked = flatten(params), set(), {}
     grouped = by_leaf(flat, adapters, masks)
-    flat.update(trained(flat, adapters))
     for leaf, own in grouped.items():
         module = leaf.rpartition("/")[0]
         if () not in own:

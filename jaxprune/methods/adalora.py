@@ -15,7 +15,7 @@ scores, and the others die. Throughout, the loss has the penalty weight * mean |
 
 `weights` says whose w enters I. `"before"` the update is the paper's algorithm 1. `"after"` is what the released code
 and Hugging Face PEFT do, where the allocator runs after `optimizer.step()`: the new w with the gradient that led to it, and
-before the masking. It costs a copy of the gradients, carried to the next step.
+before the masking.
 
 The scale is larger than LoRA's, and has to be. Adam moves every number by up to its rate, eta, a step. In t steps a component
 of LoRA becomes s |A_j| eta t sqrt(d_out), with |A_j| near 0.6; here, with A_j and B_j of length 1, it becomes s eta t. So s = 16
@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -62,12 +61,10 @@ class AdaLoraState(NamedTuple):
     Attributes:
       sensitivity: I_bar.
       uncertainty: U_bar.
-      gradients: of the last step, whose I is still to come; empty unless `weights="after"`.
     """
 
     sensitivity: dict[str, Svd]
     uncertainty: dict[str, Svd]
-    gradients: dict[str, Svd]
 
 
 @checked
@@ -131,57 +128,44 @@ def adalora(
             alpha=_SCALE * init_rank if alpha is None else alpha,
             dropout=dropout,
         )
-        if after:
-            adapters = {path: dataclasses.replace(x, held=jnp.zeros_like(x.e)) for path, x in adapters.items()}
-        return Start(adapters, masks, plan, context.params)
+        return Start(adapters, {}, masks, plan, context.params)
 
-    def init(adapters, masks, sites) -> AdaLoraState:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, _weights(adapters))  # noqa: E731  (own buffers: a step donates them)
-        return AdaLoraState(zeros(), zeros(), zeros() if after else {})
+    def init(adapters, masks) -> AdaLoraState:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, dict(adapters))  # noqa: E731  (own buffers: a step donates them)
+        return AdaLoraState(zeros(), zeros())
 
-    def smoothed(state: AdaLoraState, values, grads) -> AdaLoraState:
-        ipt = jax.tree.map(lambda w, g: jnp.abs(w * g), values, grads)
+    def scored(state: AdaLoraState, adapters, grads, step) -> AdaLoraState:
+        ipt = jax.tree.map(lambda w, g: jnp.abs(w * g), adapters, grads)
         mean = jax.tree.map(lambda old, new: beta1 * old + (1 - beta1) * new, state.sensitivity, ipt)
         spread = jax.tree.map(
             lambda old, new, m: beta2 * old + (1 - beta2) * jnp.abs(new - m), state.uncertainty, ipt, mean
         )
-        return state._replace(sensitivity=mean, uncertainty=spread)
+        return jax.tree.map(lambda new, old: jnp.where(step < last, new, old), AdaLoraState(mean, spread), state)
 
     def observe(state, adapters, masks, grads, step, measured) -> AdaLoraState:
-        grads = _weights(grads)
-        if after:  # the step before this one is complete only now; its e is from before the masking
-            seen = smoothed(state, _weights(adapters, held=True), state.gradients)._replace(gradients=grads)
-            scored = step < last
-        else:
-            seen = smoothed(state, _weights(adapters), grads)
-            scored = step + 1 < last
-        return jax.tree.map(lambda new, old: jnp.where(scored, new, old), seen, state)
+        return state if after else scored(state, adapters, grads, step)
 
-    def project(state, adapters, masks, step):
-        values = _weights(adapters)
+    def project(state, adapters, masks, grads, step):
         if after:
-            state = smoothed(state, values, state.gradients)
-        matrices = sum(math.prod(x.e.shape[:-1]) for x in values.values())
-        total = sum(x.e.size for x in values.values())
+            state = scored(state, adapters, grads, step)
+        total = sum(x.e.size for x in adapters.values())
         # The steps at which the budget falls, one for each component that goes. Computed here, in double precision, since the
         # truncation to integers is sharp.
-        final = matrices * target_rank
+        final = len(adapters) * target_rank
         left = lambda n: int(cubic(n, begin, last, total, final))  # noqa: E731
         falls = [bisect.bisect_left(range(last), -c, key=lambda n: -left(n)) for c in range(total - 1, final - 1, -1)]
-        number = step + 1
 
         def masked():
-            budget = total - jnp.searchsorted(jnp.asarray(falls, jnp.int32), number, side="right")
+            budget = total - jnp.searchsorted(jnp.asarray(falls, jnp.int32), step, side="right")
             kept = keep(triplets(state), masks, budget)
-            return {path: jnp.where(kept[path], x.e, 0) for path, x in values.items()}
+            return {path: jnp.where(kept[path], x.e, 0) for path, x in adapters.items()}
 
-        due = (number > begin) & (number < last) & (number % every == 0)
-        e = jax.lax.cond(due, masked, lambda: {path: x.e for path, x in values.items()})
-        new = {p: dataclasses.replace(adapters[p], e=e[p], held=x.e if after else None) for p, x in values.items()}
-        return {**adapters, **new}
+        due = (step > begin) & (step < last) & (step % every == 0)
+        e = jax.lax.cond(due, masked, lambda: {path: x.e for path, x in adapters.items()})
+        return state, {path: dataclasses.replace(x, e=e[path]) for path, x in adapters.items()}
 
     def decide(state, adapters, masks, step, context):
-        budget = target_rank * sum(math.prod(x.e.shape[:-1]) for x in state.sensitivity.values())
+        budget = target_rank * len(state.sensitivity)
         kept: dict[str, Any] = host(jax.jit(lambda: keep(triplets(state), masks, budget))())
         return state, Decision(kept, report={"components": budget})
 
@@ -194,30 +178,24 @@ def adalora(
         observe=observe,
         decide=decide,
         events=(last,),
-        penalty=(lambda adapters: orthogonal * orthogonality(adapters)) if orthogonal else None,
+        penalty=(lambda state, adapters, masks: orthogonal * orthogonality(adapters)) if orthogonal else None,
         project=project,
         compact=compact,
         name="adalora",
     )
 
 
-def _weights(adapters: Mapping[str, Any], held: bool = False) -> dict[str, Svd]:
-    """Take the trained leaves of the sites out of a tree like the adapters; `held` takes e from before the masking."""
-    sites = {path: x for path, x in adapters.items() if isinstance(x, Svd)}
-    return {p: dataclasses.replace(x, e=x.held if held else x.e, held=None) for p, x in sites.items()}
-
-
 def triplets(state: AdaLoraState) -> dict[str, jax.Array]:
     """Score the components of every site: score(e_j) + mean score(A[:, j]) + mean score(B[j, :]), shaped as e."""
     scores = jax.tree.map(jnp.multiply, state.sensitivity, state.uncertainty)
-    return {path: x.e + x.a.mean(-2) + x.b.mean(-1) for path, x in scores.items()}
+    return {path: x.e + x.a.mean(0) + x.b.mean(1) for path, x in scores.items()}
 
 
 def keep(scores: Mapping[str, jax.Array], masks: Masks, budget: jax.Array | int) -> dict[str, jax.Array]:
     """Tell the `budget` best components of all sites from the rest; works inside `jax.jit`.
 
     Args:
-      scores: {site path: (r,) or (layers, r)}.
+      scores: {site path: (r,)}.
       masks: of the same shapes; the dead are chosen last.
       budget: components to keep.
 
@@ -225,31 +203,28 @@ def keep(scores: Mapping[str, jax.Array], masks: Masks, budget: jax.Array | int)
       {site path: booleans}. Of equal scores, the path first in alphabetical order stays, then the lower index.
     """
     paths = sorted(scores)
-    flat = jnp.concatenate([jnp.where(masks[p] > 0, scores[p], -jnp.inf).reshape(-1) for p in paths])
+    flat = jnp.concatenate([jnp.where(masks[p] > 0, scores[p], -jnp.inf) for p in paths])
     order = jnp.argsort(-flat, stable=True)
     kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
     parts, begin = {}, 0
     for path in paths:
         size = scores[path].size
-        parts[path] = kept[begin : begin + size].reshape(scores[path].shape)
+        parts[path] = kept[begin : begin + size]
         begin += size
     return parts
 
 
 def orthogonality(adapters: Adapters) -> jax.Array:
-    """Return the mean of |A^T A - I|_F and |B B^T - I|_F over all sites, over every layer of a stacked one.
+    """Return the mean of |A^T A - I|_F and |B B^T - I|_F over all sites.
 
     Components that are exactly zero are dead and left out, so that compaction changes nothing.
     """
     norms, counted = jnp.zeros(()), jnp.zeros(())
     for adapter in adapters.values():
-        if not isinstance(adapter, Svd):
-            continue
-        for rows in (jnp.swapaxes(adapter.a, -1, -2), adapter.b):
+        for rows in (adapter.a.T, adapter.b):
             alive = jnp.any(rows != 0, axis=-1)
-            gram = jnp.matmul(rows, jnp.swapaxes(rows, -1, -2))
-            square = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1]) * alive[..., None]), axis=(-2, -1))
+            square = jnp.sum(jnp.square(jnp.matmul(rows, rows.T) - jnp.eye(len(rows)) * alive[:, None]))
             # The root has no derivative at 0, where a site has no component left.
-            norms += jnp.sum(jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0))
-            counted += jnp.sum(jnp.any(alive, axis=-1))
+            norms += jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+            counted += jnp.any(alive)
     return norms / jnp.maximum(counted, 1)

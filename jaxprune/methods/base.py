@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.adapters import Adapters, Masks
+from jaxprune.adapters import Adapters, Masks, Weights
 from jaxprune.allocation import Plan
 from jaxprune.sites import Site
 
 
 class Context(NamedTuple):
-    """What a method may look at before training starts.
+    """What a method may look at before training, and at every event.
 
     Attributes:
       key: random key.
-      params: the model's parameters.
+      params: the model's parameters; at an event with the trained weights in them.
       sites: the sites that adapters may attach to.
       forward: `forward(params, adapters, masks, *inputs)` from `attach`.
       loss_fn: `loss_fn(apply, batch, key)`, the mean loss of a batch.
@@ -38,7 +38,8 @@ class Start(NamedTuple):
     """What a method starts training with.
 
     Attributes:
-      adapters: what is trained.
+      adapters: {site path: adapter}, trained.
+      weights: {leaf path: array}: leaves of the model that are trained as they are.
       masks: {site path: mask}.
       plan: the ranks; None for methods that have none.
       params: the frozen parameters that the step must use: the context's own, but for a method that changes them (PiSSA takes
@@ -46,6 +47,7 @@ class Start(NamedTuple):
     """
 
     adapters: Adapters
+    weights: Weights
     masks: Masks
     plan: Plan | None
     params: Mapping[str, Any]
@@ -61,7 +63,7 @@ class Probes(NamedTuple):
       zeros: `zeros(adapters) -> pytree of zeros`, shaped as the measurements.
       wrap: `wrap(adapters, zeros) -> adapters` that compute the same and whose gradient with respect to the zeros is the
         measurement.
-      when: `when(step) -> bool`, traced: does this step measure? Steps count from 0.
+      when: `when(step) -> bool`, traced: does this step measure?
     """
 
     zeros: Callable[..., Any]
@@ -73,20 +75,20 @@ class Method(NamedTuple):
     """A fine-tuning method. Only `start` is needed; every other part does nothing unless given.
 
     Within a training step, in this order: `view`, forward and backward pass, `observe`, the optimizer, `project`. Between
-    steps, on the host: `decide`.
+    steps, on the host: `decide`. Steps count from 1 everywhere; `state` is the method's own.
 
     Attributes:
       start: `start(context) -> Start`: plans ranks and makes the adapters; runs once, on the host.
-      init: `init(adapters, masks, sites) -> state`: the method's own state, a pytree of arrays.
+      init: `init(adapters, masks) -> state`: the method's own state, a pytree of arrays.
       observe: `observe(state, adapters, masks, grads, step, measured) -> state`: jitted inside the training step; sees the
         gradients before clipping and weight decay, and what `probes` measured (None on steps that do not measure).
       decide: `decide(state, adapters, masks, step, context) -> (state, Decision | None)`: runs on the host after the steps
-        that `events` names; `context` is what `start` got, or None where the caller has none.
+        that `events` names; `context` is what `start` got.
       events: the steps (1, 2, ...) after which `decide` runs: few, and known before training, so that a run too short for them is
         refused when the method is made.
-      penalty: `penalty(adapters) -> scalar` added to the loss.
-      project: `project(state, adapters, masks, step) -> adapters`, jitted, after every update.
-      view: `view(adapters, masks, key, step) -> (adapters, masks)`: what the forward pass sees of them; differentiated
+      penalty: `penalty(state, adapters, masks) -> scalar` added to the loss.
+      project: `project(state, adapters, masks, grads, step) -> (state, adapters)`, jitted, after every update.
+      view: `view(state, adapters, masks, key, step) -> (adapters, masks)`: what the forward pass sees of them; differentiated
         through, and free to draw from `key`. Outside training `key` and `step` are None, and the view is deterministic.
       probes: what else to measure in the backward pass.
       compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
@@ -95,7 +97,7 @@ class Method(NamedTuple):
     """
 
     start: Callable[[Context], Start]
-    init: Callable[..., Any] = lambda adapters, masks, sites: ()
+    init: Callable[..., Any] = lambda adapters, masks: ()
     observe: Callable[..., Any] = lambda state, adapters, masks, grads, step, measured: state
     decide: Callable[..., Any] | None = None
     events: tuple[int, ...] = ()
@@ -110,6 +112,6 @@ class Method(NamedTuple):
         """Tell whether there is an event after step `number`."""
         return number in self.events
 
-    def seen(self, adapters: Adapters, masks: Masks) -> tuple[Adapters, Masks]:
+    def seen(self, state: Any, adapters: Adapters, masks: Masks) -> tuple[Adapters, Masks]:
         """Return what a forward pass outside training sees: to evaluate, merge and export."""
-        return self.view(adapters, masks, None, None) if self.view else (adapters, masks)
+        return self.view(state, adapters, masks, None, None) if self.view else (adapters, masks)

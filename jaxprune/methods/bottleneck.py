@@ -73,6 +73,6 @@ def _bottleneck(name: str, reduction: float, width: int | None, activation: str,
         cost = count(adapters, masks)
         status = f"Bottlenecks after {len(adapters)} of {len(units)} sites ({', '.join(types)}), nothing optimised."
         plan = Plan(units, math.nan, status, math.nan, 0.0, "uniform", cost, cost, tuple(context.sites))
-        return Start(adapters, masks, plan, context.params)
+        return Start(adapters, {}, masks, plan, context.params)
 
     return Method(start, name=name)

@@ -108,10 +108,10 @@ def channelmask(
             f"target {target} is above the share that start_logit {start_logit} begins with, {begin:.3f}; raise it"
         )
 
-    def view(adapters, masks, key, step):
+    def view(state, adapters, masks, key, step):
         if key is None:
             return adapters, masks
-        tau = temperature(step, end, first, last)
+        tau = temperature(step - 1, end, first, last)
         drawn = {
             path: dataclasses.replace(x, logits=draw(x.logits, key_for(key, path), tau))
             for path, x in _masked(adapters)
@@ -121,12 +121,12 @@ def channelmask(
     def decide(state, adapters, masks, step, context):
         masked = dict(_masked(adapters))
         kept = {path: np.asarray(x.kept()) for path, x in masked.items()} if target is None else largest(masked, target)
-        return state, _freeze({path: (x, kept[path]) for path, x in masked.items()})
+        return state, _freeze({path: (x, kept[path]) for path, x in masked.items()}, context)
 
     return Method(
         lambda context: _start(context, channels, rank, alpha, dropout, heads, shared, start_logit),
         view=view,
-        penalty=(lambda adapters: lam * density(adapters)) if lam else None,
+        penalty=(lambda state, adapters, masks: lam * density(adapters)) if lam else None,
         project=None if target is None else functools.partial(_hold_density, end=end, first=begin, last=target),
         decide=decide,
         events=(end,),
@@ -160,7 +160,7 @@ def uniformmask(
     end = stage_end(total_steps, stage)
 
     def decide(state, adapters, masks, step, context):
-        return state, _freeze({path: (x, _top(x, _sizes(x), 1 - ratio)) for path, x in _masked(adapters)})
+        return state, _freeze({path: (x, _top(x, _sizes(x), 1 - ratio)) for path, x in _masked(adapters)}, context)
 
     return Method(
         # Settled from the start: all channels are on, and no gradient reaches the logits.
@@ -171,9 +171,9 @@ def uniformmask(
     )
 
 
-def temperature(step: jax.Array, end: int, first: float, last: float) -> jax.Array:
-    """Return tau = first (last / first)^(step / end), and `last` after stage 1's `end`."""
-    return first * (last / first) ** jnp.minimum(step / end, 1.0)
+def temperature(done: jax.Array, end: int, first: float, last: float) -> jax.Array:
+    """Return tau = first (last / first)^(done / end) with `done` steps behind, and `last` after stage 1's `end`."""
+    return first * (last / first) ** jnp.minimum(done / end, 1.0)
 
 
 def draw(logits: jax.Array, key: jax.Array, tau: jax.Array) -> jax.Array:
@@ -192,12 +192,14 @@ def density(adapters: Adapters) -> jax.Array:
     return total / sum(weight * logits.size for weight, logits in sites)
 
 
-def _hold_density(state: Any, adapters: Adapters, masks: Any, step: jax.Array, *, end: int, first: float, last: float):
+def _hold_density(
+    state: Any, adapters: Adapters, masks: Any, grads: Any, step: jax.Array, *, end: int, first: float, last: float
+) -> tuple[Any, Adapters]:
     """Shift the logits so that the density has fallen from `first` towards `last` as far as it should by now; not in stage 2."""
-    goal = last + (first - last) * (1 - jnp.minimum((step + 1) / end, 1.0)) ** 3
-    shift = jnp.where(step < end, density_shift(adapters, goal), 0.0)
+    goal = last + (first - last) * (1 - jnp.minimum(step / end, 1.0)) ** 3
+    shift = jnp.where(step <= end, density_shift(adapters, goal), 0.0)
     moved = {path: dataclasses.replace(x, logits=x.logits + shift) for path, x in _masked(adapters)}
-    return {**adapters, **moved}
+    return state, {**adapters, **moved}
 
 
 def density_shift(adapters: Adapters, goal: jax.Array) -> jax.Array:
@@ -302,11 +304,12 @@ def _sizes(adapter: MaskedDora) -> np.ndarray:
     return size.reshape(*size.shape[:-1], -1, adapter.logits.shape[-1]).sum(-2)
 
 
-def _freeze(chosen: Mapping[str, tuple[MaskedDora, Any]]) -> Decision:
+def _freeze(chosen: Mapping[str, tuple[MaskedDora, Any]], context: Context) -> Decision:
     """Settle the masks, and say for every type how many channels stay."""
+    types = {site.path: site.type for site in context.sites}
     counts: dict[str, list[int]] = {}
     for path, (_, kept) in chosen.items():
-        entry = counts.setdefault(path.rpartition("/")[2], [0, 0])
+        entry = counts.setdefault(types[path], [0, 0])
         entry[0] += int(kept.sum())
         entry[1] += kept.size
     report = {"channels": {kind: {"kept": kept, "of": of} for kind, (kept, of) in counts.items()}}

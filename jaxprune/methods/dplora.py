@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.oplora import Budget, Ranks, Score, Seconds, Solver, TimeBudget, oplora
 from jaxprune.schedules import Schedule, bezier, event_steps
 from jaxprune.scores import component_norms
-from jaxprune.sites import Site, site_at
+from jaxprune.sites import Site
 from jaxprune.surgery import Decision, trim
 
 # No site has more ranks to lose.
@@ -58,7 +58,7 @@ NORMS = ("rms", "frobenius")
 
 
 class DploraState(NamedTuple):
-    """What DPLoRA remembers: arrays shaped () for each site, (layers,) where stacked.
+    """What DPLoRA remembers.
 
     Attributes:
       importance: I_l after the last event.
@@ -150,7 +150,7 @@ def dplora(
     def start(context: Context) -> Start:
         begun = first.start(context)
         smallest = min(rank for rank in (*ranks, MOST_RANK) if rank)
-        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters, smallest)
+        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters, context.sites, smallest)
         if last < least:
             raise UsageError(
                 f"pruning {target:.0%} would leave {last:,} adapter parameters, and a rank for each type of site takes "
@@ -158,12 +158,10 @@ def dplora(
             )
         return begun
 
-    def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> DploraState:
-        zeros = {path: jnp.zeros(lora.a.shape[:-2], jnp.float32) for path, lora in _loras(adapters)}
-        # Copies: a training step donates its state, and one buffer cannot be given away twice.
-        total = jax.tree.map(jnp.copy, zeros)
-        number = sum(Lora.count(lora, masks[path]) for path, lora in _loras(adapters))  # a DoRA magnitude is not pruned
-        return DploraState(zeros, total, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.int32(number))
+    def init(adapters: Adapters, masks: Masks) -> DploraState:
+        zeros = lambda: {path: jnp.zeros((), jnp.float32) for path in adapters}  # noqa: E731  (a step donates each)
+        number = sum(Lora.count(lora, masks[path]) for path, lora in adapters.items())  # a DoRA magnitude is not pruned
+        return DploraState(zeros(), zeros(), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.int32(number))
 
     def observe(state: DploraState, adapters, masks, grads, step, measured) -> DploraState:
         if importance != "training":
@@ -172,7 +170,7 @@ def dplora(
         return state._replace(total=total, steps=state.steps + 1)
 
     def decide(
-        state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context | None
+        state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context
     ) -> tuple[DploraState, Decision | None]:
         event = int(state.event) + 1
         if importance == "training":
@@ -184,13 +182,9 @@ def dplora(
         merged = {
             path: blend * np.asarray(state.importance[path]) + (1 - blend) * new[path] for path in state.importance
         }
-        problem_sites, current, worth = [], {}, {}
-        for path, lora in _loras(adapters):
-            mask = np.asarray(masks[path])
-            for index, site in _layers(path, lora):
-                problem_sites.append(site)
-                current[site.path] = int((mask[index] > 0).sum())
-                worth[site.path] = float(merged[path][index])
+        sites = [site for site in context.sites if site.path in adapters]
+        current = {site.path: int((np.asarray(masks[site.path]) > 0).sum()) for site in sites}
+        worth = {site.path: float(merged[site.path]) for site in sites}
         allowed = left(int(state.start), event)
         state = DploraState(
             # What is not finite would stay so at every later event.
@@ -203,22 +197,15 @@ def dplora(
         report: dict[str, Any] = {"event": event, "budget": allowed}
         try:
             problem = prune_problem(
-                worth, problem_sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
+                worth, sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
             )  # fmt: skip
             plan = solve(problem, solver=solver, time_limit=time_limit)
         except UsageError as error:
             return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
-        ranks_after = {
-            path: np.array([plan.ranks[site.path] for _, site in _layers(path, lora)]).reshape(lora.a.shape[:-2])
-            for path, lora in _loras(adapters)
-        }
-        before = {path: (np.asarray(masks[path]) > 0).sum(-1) for path in ranks_after}
-        fewer = {path: rank for path, rank in ranks_after.items() if (rank < before[path]).any()}
+        fewer = {path: rank for path, rank in plan.ranks.items() if rank < current[path]}
         if not fewer:
             return state, None
-        scales = {}
-        if rescale:
-            scales = {path: float(before[path].max() / rank.max()) for path, rank in fewer.items() if rank.max() > 0}
+        scales = {path: current[path] / rank for path, rank in fewer.items() if rank} if rescale else {}
         said = {name: getattr(plan, name) for name in ("solver", "status", "objective", "gap")}
         report |= {**said, "solve_seconds": plan.seconds}
         return state, Decision(trim(component_norms(dict(adapters)), masks, fewer), scales=scales, report=report)
@@ -243,32 +230,30 @@ def gradient_importance(grads: Adapters, masks: Masks, norm: str = "rms") -> dic
 
     Args:
       grads: a tree shaped like the adapters; entries of dead components are zero.
-      masks: {site path: (r,) or (layers, r)}.
+      masks: {site path: (r,)}.
       norm: `rms`, with means over the live components, or `frobenius`.
 
     Returns:
-      {site path: () or (layers,)}; 0 where nothing is live.
+      {site path: importance}; 0 where nothing is live.
     """
     found = {}
-    for path, grad in _loras(grads):
-        alive = jnp.sum(masks[path], axis=-1)
+    for path, grad in grads.items():
+        alive = jnp.sum(masks[path])
         rows = jnp.maximum(alive, 1)
         # Roots one by one: a product of two mean squares soon is below what float32 holds.
-        size_a, size_b = (jnp.sqrt(jnp.sum(jnp.square(leaf), axis=(-2, -1))) for leaf in (grad.a, grad.b))
+        size_a, size_b = (jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in (grad.a, grad.b))
         if norm == "rms":
-            size = (size_a / jnp.sqrt(rows * grad.a.shape[-2])) * (size_b / jnp.sqrt(rows * grad.b.shape[-1]))
+            size = (size_a / jnp.sqrt(rows * grad.a.shape[0])) * (size_b / jnp.sqrt(rows * grad.b.shape[-1]))
         else:
             size = jnp.sqrt(size_a) * jnp.sqrt(size_b)
         found[path] = size * jnp.sqrt(alive)
     return found
 
 
-def _on_samples(
-    context: Context | None, adapters: Adapters, masks: Masks, step: int, norm: str
-) -> dict[str, np.ndarray]:
+def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, norm: str) -> dict[str, np.ndarray]:
     """Average eq. 6 over single samples, in training mode, as the released code does."""
-    if context is None or not context.samples:
-        raise UsageError('importance "samples" needs the context with its samples at every event: prune(..., context)')
+    if not context.samples:
+        raise UsageError('importance "samples" measures on the context\'s samples, and it has none')
     measure, key = _measure(context.forward, context.loss_fn, norm), jax.random.fold_in(context.key, step)
     found = [
         jax.device_get(measure(dict(adapters), dict(masks), context.params, part, jax.random.fold_in(key, number)))
@@ -294,22 +279,10 @@ def _measure(forward: Any, loss_fn: Any, norm: str) -> Any:
     return measure
 
 
-def _loras(adapters: Adapters) -> Iterator[tuple[str, Any]]:
-    return ((path, adapter) for path, adapter in adapters.items() if isinstance(adapter, Lora))
-
-
-def _layers(path: str, lora: Lora) -> Iterator[tuple[tuple[int, ...], Site]]:
-    """Give every layer of a stacked site as a site of its own; an ordinary one is its own only layer."""
-    *stack, d_in, _ = lora.a.shape
-    for number, index in enumerate(np.ndindex(*stack)):
-        site = site_at(path, d_in, lora.b.shape[-1])
-        yield index, Site(f"{path}[{number}]", d_in, site.d_out, number, site.type) if stack else site
-
-
-def _least(adapters: Adapters, rank: int) -> int:
+def _least(adapters: Adapters, sites: Sequence[Site], rank: int) -> int:
     """Count the parameters of the cheapest plan that has a site of each type at `rank`."""
     cheapest: dict[str, int] = {}
-    for path, lora in _loras(adapters):
-        site = site_at(path, lora.a.shape[-2], lora.b.shape[-1])
-        cheapest[site.type] = min(site.cost(rank), cheapest.get(site.type, site.cost(rank)))
+    for site in sites:
+        if site.path in adapters:
+            cheapest[site.type] = min(site.cost(rank), cheapest.get(site.type, site.cost(rank)))
     return sum(cheapest.values())

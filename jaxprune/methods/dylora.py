@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters import Adapters, Lora, Masks, init_lora
+from jaxprune.adapters import Adapters, Masks, init_lora
 from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
@@ -40,11 +40,10 @@ def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(
-            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
-    def view(adapters, masks, key, step):
+    def view(state, adapters, masks, key, step):
         if key is None:
             return adapters, masks
         drawn = jax.random.randint(key, (), 1, rank + 1)
@@ -69,7 +68,7 @@ def at_rank(adapters: Adapters, masks: Masks, rank: int) -> tuple[dict, dict]:
     Returns:
       (adapters, masks).
     """
-    most = min((x.rank for x in adapters.values() if isinstance(x, Lora)), default=0)
+    most = min((x.rank for x in adapters.values()), default=0)
     if not 1 <= rank <= most:
         raise UsageError(f"rank {rank} is out of range; the adapters were trained for 1 to {most}")
     return _cut(adapters, masks, rank, False)
@@ -78,8 +77,6 @@ def at_rank(adapters: Adapters, masks: Masks, rank: int) -> tuple[dict, dict]:
 def _cut(adapters: Adapters, masks: Masks, rank: jax.Array | int, frozen: bool) -> tuple[dict, dict]:
     new_adapters, new_masks = dict(adapters), dict(masks)
     for path, x in adapters.items():
-        if not isinstance(x, Lora):
-            continue
         index = jnp.arange(x.rank)
         a, b = x.a, x.b
         if frozen:

@@ -24,7 +24,7 @@ Where this differs from the paper, and why:
 - S is not additive over microbatches: with accumulation `exact` and `bound` are means over microbatches, and the other
   scores see the accumulated gradient.
 
-A site stacked by `nn.scan` is one module for each layer. Compaction drops the sites whose modules are all pruned.
+Compaction drops the sites whose modules are pruned.
 
 Source: "Enhancing PEFT Efficiency by Adaptively Reducing Low-Rank Modules" (G2R2), sections 3.2 and 3.3, tables 4 and 9 to 11.
 """
@@ -34,7 +34,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -50,7 +50,6 @@ from jaxprune.methods.lora import lora
 from jaxprune.schedules import Stage, cubic, stage_steps, thinned
 from jaxprune.scores import redundancy
 from jaxprune.scores.probe import GradientProbe
-from jaxprune.sites import Site, site_at
 from jaxprune.surgery import Decision
 
 # Of x, the gradient at the product's output and the factors, reduced inside the backward pass; the same of a dense G.
@@ -73,7 +72,7 @@ _TINY = np.finfo(np.float64).tiny
 
 
 class Redundancy(NamedTuple):
-    """What is known of a site's module, each () or (layers,).
+    """What is known of a site's module.
 
     Attributes:
       smooth: Rbar, before its bias is corrected.
@@ -169,22 +168,21 @@ def g2r2(
     decays = beta1**every, beta2**every
 
     def due(step: Any) -> Any:
-        return (step >= begin) & (step < last) & (step % every == 0)
+        # One step after every `every`, and none before B has changed and the learning rate is up.
+        return (step > begin) & (step <= last) & ((step - 1) % every == 0)
 
-    # A measurement in step n, counted from 0, is of the step number n + 1.
     early = range(-(-max(first, begin) // every) * every + 1, last, every)
     events = (*(() if abrupt else thinned(early)), last)
 
-    def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> G2R2State:
-        shapes = {path: adapter.a.shape[:-2] for path, adapter in adapters.items() if isinstance(adapter, Lora)}
+    def init(adapters: Adapters, masks: Masks) -> G2R2State:
         dtypes = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
-        known = {path: Redundancy(*(jnp.zeros(shape, dtype) for dtype in dtypes)) for path, shape in shapes.items()}
-        return G2R2State(known, jnp.int32(sum(math.prod(shape) for shape in shapes.values())))
+        known = {path: Redundancy(*(jnp.zeros((), dtype) for dtype in dtypes)) for path in adapters}
+        return G2R2State(known, jnp.int32(len(adapters)))
 
     def update(state: G2R2State, adapters: Adapters, masks: Masks, measured: dict[str, jax.Array]) -> G2R2State:
         new = {
             path: _averaged(
-                known, measured[path], masks[path], adapters[path].a.shape[-2] * adapters[path].b.shape[-1],
+                known, measured[path], masks[path], adapters[path].a.shape[0] * adapters[path].b.shape[-1],
                 *decays, robust,
             )
             for path, known in state.sites.items()
@@ -198,43 +196,41 @@ def g2r2(
         def measure() -> G2R2State:
             if score == "random":
                 key = jax.random.fold_in(jax.random.key(seed), step)
-                drawn = {p: _random(key, p, adapters[p], known.count.shape) for p, known in state.sites.items()}
+                drawn = {path: _random(key, path, adapters[path]) for path in state.sites}
                 return update(state, adapters, masks, drawn)
             return update(state, adapters, masks, factor_scores(score, adapters, grads, state.sites))
 
         return jax.lax.cond(due(step), measure, lambda: state)
 
     def decide(
-        state: G2R2State, adapters: Adapters, masks: Masks, step: int, context: Context | None
+        state: G2R2State, adapters: Adapters, masks: Masks, step: int, context: Context
     ) -> tuple[G2R2State, Decision | None]:
         began = time.perf_counter()
         known, before = jax.device_get((state.sites, {path: masks[path] for path in state.sites}))
         # Modules in the order of layers: of equally redundant ones the earlier stays.
-        paths = sorted(known, key=lambda path: (site_at(path, 0, 0).layer, path))
-        modules = [(path, index) for path in paths for index in np.ndindex(known[path].count.shape)]
-        alive = np.array([(before[path][index] > 0).any() for path, index in modules], bool)
+        order = {site.path: (site.layer, site.path) for site in context.sites}
+        modules = sorted(known, key=order.__getitem__)
+        alive = np.array([(before[path] > 0).any() for path in modules], bool)
         share = final if step >= last else cubic(step, first, last, initial, final)
         # The 1e-9 keeps a product such as 0.1 * 30 from being rounded up to the next module.
         keep = max(1, math.ceil(share * int(state.modules) - 1e-9))
         report = {
             "share": share,
             "modules": int(alive.sum()),
-            "skipped": int(sum(np.sum(site.skipped) for site in known.values())),
+            "skipped": sum(int(site.skipped) for site in known.values()),
         }
-        measured = np.array([known[path].count[index] > 0 for path, index in modules], bool)
+        measured = np.array([known[path].count > 0 for path in modules], bool)
         if not measured[alive].all():
             late = {"status": f"nothing pruned: {int((alive & ~measured).sum())} modules could not be measured"}
             return state, Decision({}, report={**report, **late}) if step >= last else None
-        redundant = np.array([_combined(combine, known[path], index, decays) for path, index in modules])
+        redundant = np.array([_combined(combine, known[path], decays) for path in modules])
         # With one measurement Ubar is 0; of equal Rhat the larger Rbar goes.
-        smooth = np.array([_corrected(known[path], index, decays)[0] for path, index in modules])
-        order = np.lexsort((smooth, redundant, ~alive))
-        gone = [modules[i] for i in order[keep:] if alive[i]]
+        smooth = np.array([_corrected(known[path], decays)[0] for path in modules])
+        ranked = np.lexsort((smooth, redundant, ~alive))
+        gone = [modules[i] for i in ranked[keep:] if alive[i]]
         if not gone:
             return state, None
-        after: dict[str, Any] = {path: np.array(before[path]) for path, _ in gone}
-        for path, index in gone:
-            after[path][index] = 0
+        after = {path: np.zeros_like(before[path]) for path in gone}
         report |= {"modules": int(alive.sum()) - len(gone), "seconds": time.perf_counter() - began}
         return state, Decision(after, report=report)
 
@@ -248,7 +244,7 @@ def g2r2(
             probed = {path: GradientProbe(adapters[path], tau, *_INSIDE[score]) for path, tau in zeros.items()}
             return {**adapters, **probed}
 
-        probes = Probes(_zeros, wrap, due)
+        probes = Probes(lambda adapters: {p: jnp.zeros((), jnp.float32) for p in adapters}, wrap, due)
     return Method(
         lora(rank=rank, alpha=alpha, dropout=dropout).start,
         init=init,
@@ -265,15 +261,12 @@ def factor_scores(score: str, adapters: Adapters, grads: Adapters, paths: Any) -
     """Return S of every site by one of the scores that need the factors and their gradients alone.
 
     Returns:
-      {site path: ()}, or (layers,) where stacked.
+      {site path: S}.
     """
     found = {}
     for path in paths:
-        one = _OF_FACTORS[score]
         leaves = [leaf.astype(jnp.float32) for tree in (adapters, grads) for leaf in (tree[path].a, tree[path].b)]
-        for _ in leaves[0].shape[:-2]:
-            one = jax.vmap(one)
-        found[path] = one(*leaves)
+        found[path] = _OF_FACTORS[score](*leaves)
     return found
 
 
@@ -300,27 +293,20 @@ def _averaged(
     )
 
 
-def _corrected(known: Redundancy, index: tuple[int, ...], decays: tuple[float, float]) -> tuple[float, float]:
+def _corrected(known: Redundancy, decays: tuple[float, float]) -> tuple[float, float]:
     """Return Rbar and Ubar without the bias of averages that began at 0."""
-    count = max(1, int(known.count[index]))
-    return float(known.smooth[index]) / (1 - decays[0] ** count), float(known.uncertainty[index]) / (
-        1 - decays[1] ** count
-    )
+    count = max(1, int(known.count))
+    return float(known.smooth) / (1 - decays[0] ** count), float(known.uncertainty) / (1 - decays[1] ** count)
 
 
-def _combined(combine: str, known: Redundancy, index: tuple[int, ...], decays: tuple[float, float]) -> float:
-    smooth, uncertainty = _corrected(known, index, decays)
+def _combined(combine: str, known: Redundancy, decays: tuple[float, float]) -> float:
+    smooth, uncertainty = _corrected(known, decays)
     if combine == "mul":
         return smooth * uncertainty
     return smooth if combine == "none" else smooth / max(uncertainty, _TINY)
 
 
-def _random(key: jax.Array, path: str, adapter: Lora, shape: tuple[int, ...]) -> jax.Array:
+def _random(key: jax.Array, path: str, adapter: Lora) -> jax.Array:
     """Draw S = d k u, u uniform, so that R does not know the module's size."""
-    entries = adapter.a.shape[-2] * adapter.b.shape[-1]
-    return entries * jax.random.uniform(key_for(key, path), shape, minval=1e-6, maxval=1.0)
-
-
-def _zeros(adapters: Adapters) -> dict[str, jax.Array]:
-    loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
-    return {path: jnp.zeros(adapter.a.shape[:-2], jnp.float32) for path, adapter in loras.items()}
+    entries = adapter.a.shape[0] * adapter.b.shape[-1]
+    return entries * jax.random.uniform(key_for(key, path), (), minval=1e-6, maxval=1.0)

@@ -23,8 +23,7 @@ def lora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0)
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(
-            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
     return Method(start, name="lora")

@@ -10,7 +10,7 @@ shape use one LoRA from then on, and training goes on. The shared one starts as 
 What the paper leaves open, or what could only be read about it second hand: which layer the shared LoRA starts from;
 that training goes on with what was trained so far; a layer's sites count together (`per="site"` ranks the sites of each type
 apart). The mean is over the tokens that a site sees: the last layer of a classifier may see first tokens alone, and a sum would
-make it small for that. Sites stacked by `nn.scan` share within their stack. The tokens of padding count like others, since a
+make it small for that. The tokens of padding count like others, since a
 site cannot tell.
 
 Sharing is a property of the adapter: `view` spreads a shared one over its sites, so that `Method.seen` gives plain LoRA to
@@ -37,7 +37,7 @@ from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.schedules import Stage, stage_steps
-from jaxprune.sites import Site, site_at
+from jaxprune.sites import Site
 from jaxprune.surgery import Decision
 from jaxprune.surgery.components import host
 
@@ -77,48 +77,45 @@ def loradrop(
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(
-            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
     def decide(state, adapters, masks, step, context):
-        if context is None or not context.batches:
+        if not context.batches:
             raise UsageError("LoRA-drop measures on data and got none; give prune a context with batches")
         importance = output_importance(context, adapters, masks)
-        return state, _share(importance, adapters, masks, threshold, per)
+        return state, _share(importance, context.sites, adapters, masks, threshold, per)
 
-    def view(adapters, masks, key, step):
+    def view(state, adapters, masks, key, step):
         new_adapters, new_masks = dict(adapters), dict(masks)
         for path, x in adapters.items():
             if isinstance(x, SharedLora):
-                lora, mask = x.spread(masks[path])
                 for user in (path, *x.members):
-                    new_adapters[user], new_masks[user] = lora, mask
+                    new_adapters[user], new_masks[user] = x.plain(), masks[path]
         return new_adapters, new_masks
 
     return Method(start, decide=decide, events=(at,), view=view, name="loradrop")
 
 
-def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, np.ndarray]:
+def output_importance(context: Context, adapters: Adapters, masks: Masks) -> dict[str, float]:
     """Measure the mean over tokens of |s x A B|^2 at every LoRA site, averaged over the batches of the context.
 
     One forward and backward pass a batch, with nothing dropped; needs `attach`, since a merged kernel has no outputs.
 
     Returns:
-      {site path: () or (layers,)}.
+      {site path: importance}.
     """
-    loras = {path: x for path, x in adapters.items() if isinstance(x, Lora)}
-    taus = {path: jnp.zeros(x.a.shape[:-2], jnp.float32) for path, x in loras.items()}
+    taus = {path: jnp.zeros((), jnp.float32) for path in adapters}
 
     def loss(taus, adapters, params, batch):
         taps = {path: _OutputTap(adapters[path], tau) for path, tau in taus.items()}
-        apply = lambda *inputs, **kw: context.forward(params, {**adapters, **taps}, masks, *inputs, **kw)  # noqa: E731
+        apply = lambda *inputs, **kw: context.forward(params, taps, masks, *inputs, **kw)  # noqa: E731
         value = context.loss_fn(apply, batch, None)
         return value[0] if isinstance(value, tuple) else value
 
     measure = jax.jit(jax.grad(loss))
     rows = [jax.device_get(measure(taus, dict(adapters), context.params, batch)) for batch in context.batches]
-    return {path: np.asarray(np.mean([row[path] for row in rows], axis=0, dtype=np.float64)) for path in taus}
+    return {path: float(np.mean([row[path] for row in rows], dtype=np.float64)) for path in taus}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["adapter", "tau"], meta_fields=[])
@@ -150,30 +147,30 @@ _measured.defvjp(lambda value, tau: (value, value), _backward)
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer of one site: where its LoRA is and what may share with it."""
+    """A site and its importance."""
 
     site: Site
-    row: int
     value: float
 
-    def name(self, per: str) -> tuple[Any, ...]:
+    def name(self, per: str) -> Any:
         """Say what it is ranked as: its layer, or itself."""
-        return (self.site.layer, self.row) if per == "layer" else (self.site.path, self.row)
+        return self.site.layer if per == "layer" else self.site.path
 
     @property
     def group(self) -> tuple[Any, ...]:
-        site = self.site
-        return (site.path,) if site.stack else (site.type, site.d_in, site.d_out)
+        """What may share with it."""
+        return self.site.type, self.site.d_in, self.site.d_out
 
 
 def _share(
-    importance: Mapping[str, np.ndarray], adapters: Adapters, masks: Masks, threshold: float, per: str
+    importance: Mapping[str, float],
+    sites: Sequence[Site],
+    adapters: Adapters,
+    masks: Masks,
+    threshold: float,
+    per: str,
 ) -> Decision:
-    parts = []
-    for path, values in importance.items():
-        *stack, d_in, _ = adapters[path].a.shape
-        site = site_at(path, d_in, adapters[path].b.shape[-1], tuple(stack))
-        parts += [_Part(site, row, float(value)) for row, value in enumerate(np.ravel(values))]
+    parts = [_Part(site, importance[site.path]) for site in sites if site.path in importance]
     own = _retained(parts, threshold, per)
     others: dict[tuple[Any, ...], list[_Part]] = {}
     for part in sorted(parts, key=lambda p: (-p.value, p.name(per), p.site.path)):
@@ -185,15 +182,9 @@ def _share(
     for first, *rest in others.values():
         if not rest:  # alone, it shares with nobody
             continue
-        path, lora = first.site.path, adapters[first.site.path]
-        rows = np.arange(np.size(importance[path])) if first.site.stack else np.zeros(0, int)
-        for part in rest:
-            mask = new_masks[part.site.path] = np.array(new_masks[part.site.path])
-            mask.reshape(-1, mask.shape[-1])[part.row] = 0
-            if first.site.stack:
-                rows[part.row] = first.row
-        members = () if first.site.stack else tuple(part.site.path for part in rest)
-        shared[path] = SharedLora.of(lora, members, tuple(int(row) for row in rows))
+        members = tuple(part.site.path for part in rest)
+        new_masks |= {path: np.zeros_like(new_masks[path]) for path in members}
+        shared[first.site.path] = SharedLora.of(adapters[first.site.path], members)
     kept = sum(part.value for part in parts if part.name(per) in own) / sum(part.value for part in parts)
     return Decision(new_masks, shared, report={"own": len(own), "share": kept})
 

@@ -80,8 +80,7 @@ def oplora(
         if score != "weight":
             of = "single samples, averaged" if alone else "batches"
             plan = dataclasses.replace(plan, status=f"{plan.status} Sites scored by {score!r} of {of}.")
-        return Start(
-            *init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_lora(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
     return Method(start, name="oplora")

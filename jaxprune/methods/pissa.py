@@ -67,11 +67,11 @@ def pissa(
         for path, empty in drawn.items():
             leaf = place(flat, path, empty, None)
             index = split(path)[1]
-            kernel = layer_of(flat[leaf], index).reshape(*empty.a.shape[:-1], empty.b.shape[-1])
+            kernel = layer_of(flat[leaf], index).reshape(empty.a.shape[0], empty.b.shape[-1])
             a, b, rest = _split(key_for(context.key, path), kernel, rank, scale, niter)
             adapters[path] = dataclasses.replace(empty, a=a, b=b, residual=True)
             flat[leaf] = with_layers(flat[leaf], {index: rest.reshape(layer_of(flat[leaf], index).shape)})
-        return Start(adapters, masks, plan, with_leaves(context.params, flat))
+        return Start(adapters, {}, masks, plan, with_leaves(context.params, flat))
 
     return Method(start, name="pissa")
 
@@ -82,17 +82,16 @@ def _split(key: jax.Array, kernel: jax.Array, rank: int, scale: float, niter: in
     """Return A, B and W - s A B."""
     w = kernel.astype(jnp.float32)
     u, s, vt = jnp.linalg.svd(w, full_matrices=False) if niter is None else _randomised_svd(key, w, rank, niter)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    a, b = u[..., :, :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+    root = jnp.sqrt(s[:rank] / scale)
+    a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
     return a, b, (w - scale * jnp.matmul(a, b)).astype(kernel.dtype)
 
 
 def _randomised_svd(key: jax.Array, w: jax.Array, rank: int, niter: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Approximate the largest singular triplets of w, or of every matrix of a stack."""
-    columns = min(rank + _OVERSAMPLE, *w.shape[-2:])
+    """Approximate the largest singular triplets of w."""
+    columns = min(rank + _OVERSAMPLE, *w.shape)
     basis = lambda x: jnp.linalg.qr(x)[0]  # noqa: E731
-    wt = jnp.swapaxes(w, -1, -2)
-    q = basis(jnp.matmul(w, jax.random.normal(key, (*w.shape[:-2], w.shape[-1], columns))))
-    q = jax.lax.fori_loop(0, niter, lambda _, q: basis(jnp.matmul(w, basis(jnp.matmul(wt, q)))), q)
-    u, s, vt = jnp.linalg.svd(jnp.matmul(jnp.swapaxes(q, -1, -2), w), full_matrices=False)
+    q = basis(jnp.matmul(w, jax.random.normal(key, (w.shape[1], columns))))
+    q = jax.lax.fori_loop(0, niter, lambda _, q: basis(jnp.matmul(w, basis(jnp.matmul(w.T, q)))), q)
+    u, s, vt = jnp.linalg.svd(jnp.matmul(q.T, w), full_matrices=False)
     return jnp.matmul(q, u), s, vt

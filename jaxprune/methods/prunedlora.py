@@ -33,14 +33,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Adapters, Lora, Masks
+from jaxprune.adapters import Adapters, Masks
 from jaxprune.checks import Count, OneOf, Positive, Rank, Share, checked
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
@@ -54,7 +54,6 @@ from jaxprune.scores.surgeon import (
     damped_inverse,
     surgery_score,
 )
-from jaxprune.sites import Site
 from jaxprune.surgery import Decision
 
 CURVATURES = ("gtg", "fisher", "act")
@@ -151,8 +150,8 @@ def prunedlora(
     def due(number: Any) -> Any:
         return (number >= first) & (number <= last) & ((number - first) % interval == 0)
 
-    def init(adapters: Adapters, masks: Masks, sites: Sequence[Site]) -> PrunedLoraState:
-        known = {path: _nothing(surgery, adapter) for path, adapter in adapters.items() if isinstance(adapter, Lora)}
+    def init(adapters: Adapters, masks: Masks) -> PrunedLoraState:
+        known = {path: _nothing(surgery, adapter.rank) for path, adapter in adapters.items()}
         return PrunedLoraState(known, jnp.zeros((), jnp.int32))
 
     def observe(state: PrunedLoraState, adapters: Adapters, masks: Masks, grads, step, measured) -> PrunedLoraState:
@@ -173,10 +172,10 @@ def prunedlora(
         if reduce_input:
             return state if measured is None else measure()
         every_step = surgery and surgery.curvature == "fisher"
-        return jax.lax.cond(step < last if every_step else due(step + 1), measure, lambda: state)
+        return jax.lax.cond(step <= last if every_step else due(step), measure, lambda: state)
 
     def decide(
-        state: PrunedLoraState, adapters: Adapters, masks: Masks, step: int, context: Context | None
+        state: PrunedLoraState, adapters: Adapters, masks: Masks, step: int, context: Context
     ) -> tuple[PrunedLoraState, Decision | None]:
         began = time.perf_counter()
         before = jax.device_get({path: masks[path] for path in state.sites})
@@ -185,11 +184,10 @@ def prunedlora(
         correction = 1 - decay ** int(state.count) if surgery and surgery.curvature == "fisher" else 1.0
         found, changed = {}, {}
         for path, known in state.sites.items():
-            count = np.maximum((before[path] > 0).sum(-1) - planned, 0)
-            if not count.any():
+            count = int((before[path] > 0).sum()) - planned
+            if count <= 0:
                 continue
-            most = int(count.max())
-            chosen = _choose(surgery, most, known, masks[path], jnp.asarray(count, jnp.int32), correction)
+            chosen = _choose(surgery, count, known, masks[path], correction)
             found[path] = chosen._replace(inverse=None)
             if surgery and surgery.compensate != "none":
                 name = surgery.compensate.lower()
@@ -197,7 +195,7 @@ def prunedlora(
         settled = jax.device_get(found)
         if not settled:
             return state, None
-        cut = {path: chosen for path, chosen in settled.items() if np.all(chosen.finite)}
+        cut = {path: chosen for path, chosen in settled.items() if chosen.finite}
         report: dict[str, Any] = {
             "rank": planned,
             "removed": sum(int(((before[path] > 0) & (chosen.mask <= 0)).sum()) for path, chosen in cut.items()),
@@ -206,7 +204,7 @@ def prunedlora(
         adjusted = {}
         if surgery and surgery.compensate != "none":
             hits = jax.device_get([changed[path][1] for path in cut])
-            report["cap_hits"] = int(sum(np.sum(hit) for hit in hits))
+            report["cap_hits"] = int(sum(hits))
             name = surgery.compensate.lower()
             adjusted = {path: dataclasses.replace(adapters[path], **{name: changed[path][0]}) for path in cut}
         report["seconds"] = time.perf_counter() - began
@@ -214,20 +212,20 @@ def prunedlora(
 
     def compact(state: PrunedLoraState, kept: dict[str, np.ndarray]) -> PrunedLoraState:
         left = {path: known for path, known in state.sites.items() if kept[path].shape[-1]}
-        return state._replace(sites={path: jax.tree.map(_gather(kept[path]), known) for path, known in left.items()})
+        take = lambda path: lambda leaf: _take(leaf, jnp.asarray(kept[path]), leaf.ndim)  # noqa: E731
+        return state._replace(sites={path: jax.tree.map(take(path), known) for path, known in left.items()})
 
     probes = None
     if reduce_input:
 
         def zeros(adapters: Adapters) -> dict[str, jax.Array]:
-            loras = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Lora)}
-            last_axes = (lambda r: (r,)) if score == "sparsegpt_released" else (lambda r: (r, r))
-            return {path: jnp.zeros((*lo.a.shape[:-2], *last_axes(lo.rank)), jnp.float32) for path, lo in loras.items()}
+            axes = 1 if score == "sparsegpt_released" else 2
+            return {path: jnp.zeros((lora.rank,) * axes, jnp.float32) for path, lora in adapters.items()}
 
         def wrap(adapters: Adapters, zeros: dict[str, jax.Array]) -> dict[str, Any]:
             return {**adapters, **{path: InputProbe(adapters[path], tau, reduce_input) for path, tau in zeros.items()}}
 
-        probes = Probes(zeros, wrap, lambda step: due(step + 1))
+        probes = Probes(zeros, wrap, due)
     return Method(
         lora(rank=rank, alpha=rank if alpha is None else alpha, dropout=dropout).start,
         init=init,
@@ -259,17 +257,16 @@ def _surgery(
     return Surgery(curvature, bool(first_order), compensate, 1e-2 if damping is None else damping)
 
 
-def _nothing(surgery: Surgery | None, adapter: Lora) -> Any:
+def _nothing(surgery: Surgery | None, rank: int) -> Any:
     """Return zeros shaped as what `observe` will find."""
-    *stack, _, rank = adapter.a.shape
     if surgery is None:
-        return jnp.zeros((*stack, rank), jnp.float32)
-    square = lambda: jnp.zeros((*stack, rank, rank), jnp.float32)  # noqa: E731
+        return jnp.zeros(rank, jnp.float32)
+    square = lambda: jnp.zeros((rank, rank), jnp.float32)  # noqa: E731
 
     def factor() -> Factor:
         cross = square() if surgery.first_order else None
         gram = square() if surgery.first_order and surgery.curvature != "gtg" else None
-        return Factor(square(), jnp.zeros((*stack, rank), jnp.float32), cross, gram)
+        return Factor(square(), jnp.zeros(rank, jnp.float32), cross, gram)
 
     return {name: factor() for name in ("b" if surgery.curvature == "act" else "ab")}
 
@@ -277,87 +274,63 @@ def _nothing(surgery: Surgery | None, adapter: Lora) -> Any:
 def _factors(
     surgery: Surgery, known: dict[str, Factor], decay: float, a, b, grad_a, grad_b, moment
 ) -> dict[str, Factor]:
-    """Measure both factors, or B alone with the curvature of activations; stacked axes lie in front."""
-    turned = lambda leaf: jnp.swapaxes(leaf, -1, -2)  # noqa: E731
-    rows = {"a": (turned(a), turned(grad_a)), "b": (b, grad_b)}
+    """Measure both factors, or B alone with the curvature of activations."""
+    rows = {"a": (a.T, grad_a.T), "b": (b, grad_b)}
     found = {}
     for name, old in known.items():
         value, grad = rows[name]
-        gram = grad @ turned(grad)
+        gram = grad @ grad.T
         if surgery.curvature == "act":
             new = moment
         elif surgery.curvature == "fisher":
             new = decay * old.curvature + (1 - decay) * gram / grad.shape[-1]
         else:
             new = gram
-        cross = grad @ turned(value) if surgery.first_order else None
+        cross = grad @ value.T if surgery.first_order else None
         kept = gram if surgery.first_order and surgery.curvature != "gtg" else None
         found[name] = Factor(new, jnp.sum(jnp.square(value), axis=-1), cross, kept)
     return found
 
 
 class _Chosen(NamedTuple):
-    """The new mask (r,), whether every score is finite, what goes (k,), how many of it, and H^-1 of what is adjusted."""
+    """The new mask (r,), whether every score is finite, what goes (k,), and H^-1 of what is adjusted."""
 
     mask: Any
     finite: Any
     removed: Any
-    count: Any
     inverse: Any
 
 
-def _layers(f: Callable[..., Any], *trees: Any, stack: int) -> Any:
-    """Apply `f` to every layer in turn where leaves are stacked; one at a time, as its branches must stay branches."""
-    for _ in range(stack):
-        f = functools.partial(lambda inner, *args: jax.lax.map(lambda item: inner(*item), args), f)
-    return f(*trees)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _choose(surgery: Surgery | None, most: int, known: Any, mask: jax.Array, count: jax.Array, correction: float):
-    def one(known: Any, mask: jax.Array, count: jax.Array) -> _Chosen:
-        scores, inverse = known, None
-        if surgery:
-            scores = jnp.zeros(())
-            for name, factor in known.items():
-                factor = factor._replace(curvature=factor.curvature / correction)
-                inverted = damped_inverse(factor.curvature, mask, surgery.relative, surgery.absolute)
-                scores = scores + surgery_score(inverted, factor)
-                inverse = inverted if name == surgery.compensate.lower() else inverse
-        alive = mask > 0
-        # A stable sort: of equal scores the lower index goes.
-        removed = jnp.argsort(jnp.where(alive, scores, jnp.inf))[:most]
-        gone = jnp.zeros_like(alive).at[removed].set(jnp.arange(most) < count)
-        finite = jnp.all(jnp.isfinite(scores) | ~alive)
-        return _Chosen(jnp.where(gone, 0, mask), finite, removed, count, inverse)
-
-    return _layers(one, known, mask, count, stack=mask.ndim - 1)
+def _choose(surgery: Surgery | None, count: int, known: Any, mask: jax.Array, correction: float) -> _Chosen:
+    scores, inverse = known, None
+    if surgery:
+        scores = jnp.zeros(())
+        for name, factor in known.items():
+            factor = factor._replace(curvature=factor.curvature / correction)
+            inverted = damped_inverse(factor.curvature, mask, surgery.relative, surgery.absolute)
+            scores = scores + surgery_score(inverted, factor)
+            inverse = inverted if name == surgery.compensate.lower() else inverse
+    alive = mask > 0
+    # A stable sort: of equal scores the lower index goes.
+    removed = jnp.argsort(jnp.where(alive, scores, jnp.inf))[:count]
+    gone = jnp.zeros_like(alive).at[removed].set(True)
+    finite = jnp.all(jnp.isfinite(scores) | ~alive)
+    return _Chosen(jnp.where(gone, 0, mask), finite, removed, inverse)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _adjust(value: jax.Array, chosen: _Chosen, turn: bool) -> tuple[jax.Array, jax.Array]:
     """Return the factor with its survivors adjusted, and whether the cap held the adjustment back."""
-
-    def one(value: jax.Array, chosen: _Chosen) -> tuple[jax.Array, jax.Array]:
-        rows = value.T if turn else value
-        lost = rows[chosen.removed].astype(jnp.float32)
-        lost = jnp.where((jnp.arange(lost.shape[0]) < chosen.count)[:, None], lost, 0.0)
-        update = compensation(chosen.inverse, chosen.removed, chosen.count) @ lost
-        size, cap = jnp.linalg.norm(update), jnp.linalg.norm(lost)
-        update = update * jnp.where(size > cap, cap / size, 1.0)
-        return value + (update.T if turn else update).astype(value.dtype), size > cap
-
-    return _layers(one, value, chosen, stack=value.ndim - 2)
+    rows = value.T if turn else value
+    lost = rows[chosen.removed].astype(jnp.float32)
+    update = compensation(chosen.inverse, chosen.removed) @ lost
+    size, cap = jnp.linalg.norm(update), jnp.linalg.norm(lost)
+    update = update * jnp.where(size > cap, cap / size, 1.0)
+    return value + (update.T if turn else update).astype(value.dtype), size > cap
 
 
-def _gather(kept: np.ndarray) -> Callable[[Any], jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaf: jax.Array, kept: jax.Array, axes: int) -> jax.Array:
     """Gather the survivors of a site along every rank axis of a leaf, one or two."""
-
-    def one(leaf: Any) -> jax.Array:
-        value = np.asarray(leaf)
-        if value.ndim == kept.ndim:
-            return jnp.asarray(np.take_along_axis(value, kept, -1))
-        value = np.take_along_axis(value, kept[..., None, :], -1)
-        return jnp.asarray(np.take_along_axis(value, kept[..., :, None], -2))
-
-    return one
+    return leaf[kept] if axes == 1 else leaf[kept][:, kept]

@@ -26,8 +26,7 @@ def rslora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
         scale = (8.0 if alpha is None else alpha) / math.sqrt(rank)
-        return Start(
-            *init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
     return Method(start, name="rslora")

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Gated, init_gated
+from jaxprune.adapters import init_gated
 from jaxprune.allocation import uniform_plan
 from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
@@ -52,7 +52,7 @@ def sora(
       total_steps: the step after which components of gate 0 die, usually the last.
       rank: components at each site at the start.
       penalty: l1, weight of mean |g|.
-      threshold: l2, a number or a function of the step (0, 1, ...) such as `thresholds` makes; None for 0.5 / total_steps, which
+      threshold: l2, a number or a function of the step (1, 2, ...) such as `thresholds` makes; None for 0.5 / total_steps, which
         shrinks every gate by 0.5 in all, however long the run is (the released code's 1e-3 does so in 500 steps).
       prox: `soft` or `released`, see above.
       alpha: numerator of s = alpha / rank; None for s = 2.
@@ -67,23 +67,19 @@ def sora(
 
     def start(context: Context) -> Start:
         plan = uniform_plan(context.sites, rank)
-        return Start(
-            *init_gated(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout), plan, context.params
-        )
+        adapters, masks = init_gated(context.key, context.sites, plan.ranks, alpha=alpha, dropout=dropout)
+        return Start(adapters, {}, masks, plan, context.params)
 
-    def regular(adapters):
-        gates = [x.gate for x in adapters.values() if isinstance(x, Gated)]
+    def regular(state, adapters, masks):
+        gates = [x.gate for x in adapters.values()]
         return penalty * sum(jnp.sum(jnp.abs(g)) for g in gates) / max(1, sum(g.size for g in gates))
 
-    def project(state, adapters, masks, step):
+    def project(state, adapters, masks, grads, step):
         limit = threshold(step) if callable(threshold) else threshold
-        return {
-            path: dataclasses.replace(x, gate=shrink(x.gate, limit, prox)) if isinstance(x, Gated) else x
-            for path, x in adapters.items()
-        }
+        return state, {path: dataclasses.replace(x, gate=shrink(x.gate, limit, prox)) for path, x in adapters.items()}
 
     def decide(state, adapters, masks, step, context):
-        gates, alive = host({path: x.gate for path, x in adapters.items() if isinstance(x, Gated)}), host(masks)
+        gates, alive = host({path: x.gate for path, x in adapters.items()}), host(masks)
         return state, Decision({path: alive[path] * (gate != 0) for path, gate in gates.items()})
 
     return Method(
@@ -126,7 +122,7 @@ def thresholds(
     table = np.linspace(0.0, last, values)
 
     def at(step: jax.Array) -> jax.Array:
-        index = jnp.where(step < first_steps, 0, 1 + (step - first_steps) // steps)
+        index = jnp.where(step <= first_steps, 0, 1 + (step - 1 - first_steps) // steps)
         return jnp.asarray(table, jnp.float32)[jnp.minimum(index, values - 1)]
 
     return at

@@ -34,6 +34,6 @@ def vera(*, rank: Rank = 256, d_initial: Positive = 0.1, dropout: Share = 0.0) -
 
     def start(context: Context) -> Start:
         adapters = init_vera(context.key, context.sites, rank=rank, d_initial=d_initial, dropout=dropout)
-        return Start(adapters, {}, None, context.params)
+        return Start(adapters, {}, {}, None, context.params)
 
-    return Method(start, view=lambda adapters, masks, key, step: (share_pair(adapters), masks), name="vera")
+    return Method(start, view=lambda state, adapters, masks, key, step: (share_pair(adapters), masks), name="vera")

@@ -8,11 +8,12 @@ from jaxprune.methods.base import Method, Start
 
 def full() -> Method:
     """Train every parameter."""
-    return Method(lambda context: Start(init_weights(context.params, ""), {}, None, context.params), name="full")
+    return Method(lambda context: Start({}, init_weights(context.params, ""), {}, None, context.params), name="full")
 
 
 def bitfit() -> Method:
     """Train the bias of every layer and of every normalisation, and nothing else."""
+    biases = r"(^|/)bias$"
     return Method(
-        lambda context: Start(init_weights(context.params, r"(^|/)bias$"), {}, None, context.params), name="bitfit"
+        lambda context: Start({}, init_weights(context.params, biases), {}, None, context.params), name="bitfit"
     )

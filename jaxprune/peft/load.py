@@ -13,11 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Dora, Lora, Weight
+from jaxprune.adapters import Dora, Lora
 from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, reason
 from jaxprune.inputs import check_dropout, check_sites, real, whole
-from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, saved_whole, selects, torch_names
+from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, saved_whole, selects, torch_name
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, expression
 
 # Settings under which a LoRA folder means more than W + s A B, and the initialisations that leave the base as it was.
@@ -30,7 +30,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def load_peft(
     folder: str | os.PathLike[str], sites: Sequence[Site], *, torch_paths: TorchPaths | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read a LoRA or DoRA folder written by Hugging Face PEFT or by `save_peft`.
 
     A = lora_A^T, B = lora_B^T and s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, where `rank_pattern` and
@@ -46,8 +46,7 @@ def load_peft(
         message lists everything that does not.
 
     Returns:
-      (adapters, masks): {site path: Lora or Dora} and {leaf path: Weight} for the modules saved whole, and masks of ones; a
-      stacked site has the largest rank of its layers, s = 1, and zeros in the mask where a layer has less.
+      (adapters, masks, weights): {site path: Lora or Dora}, masks of ones, and {leaf path: array} of the modules saved whole.
     """
     folder, sites = checked_path("folder", folder), check_sites(sites)
     config, tensors = read_folder(folder)
@@ -69,32 +68,33 @@ def load_peft(
     rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
     dropout = check_dropout(config.get("lora_dropout", 0.0))
     for site in sites:
-        layers = []
-        for name in torch_names(site.path, site.stack, torch_paths):
-            pair = factors.pop(name, {})
-            if not pair and not _targeted(config, name):
-                layers.append(None)
-                continue
-            r = int(rank(name))
-            expected: dict[str, tuple[int, ...]] = {"A": (r, site.d_in), "B": (site.d_out, r)}
-            if config.get("use_dora"):
-                expected["magnitude_vector"] = (site.d_out,)
-            got = {part: pair[part].shape if part in pair else "missing" for part in {**expected, **pair}}
-            if got != expected:
-                parts = ", ".join(f"lora_{part}" for part in got)
-                problems.append(f"{name}: {parts} are {[*got.values()]}, expected {[*expected.values()]}")
-                layers.append(None)
-                continue
-            scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
-            layers.append((pair["A"].T, pair["B"].T, scale, pair.get("magnitude_vector")))
-        if any(layers):
-            adapters[site.path], masks[site.path] = _join(layers, site, dropout)
+        name = torch_name(site.path, torch_paths)
+        pair = factors.pop(name, {})
+        if not pair and not _targeted(config, name):
+            continue
+        r = int(rank(name))
+        expected: dict[str, tuple[int, ...]] = {"A": (r, site.d_in), "B": (site.d_out, r)}
+        if config.get("use_dora"):
+            expected["magnitude_vector"] = (site.d_out,)
+        got = {part: pair[part].shape if part in pair else "missing" for part in {**expected, **pair}}
+        if got != expected:
+            parts = ", ".join(f"lora_{part}" for part in got)
+            problems.append(f"{name}: {parts} are {[*got.values()]}, expected {[*expected.values()]}")
+            continue
+        scale = alpha(name) / (math.sqrt(r) if config.get("use_rslora") else r)
+        a, b, magnitude = jnp.asarray(pair["A"].T), jnp.asarray(pair["B"].T), pair.get("magnitude_vector")
+        adapters[site.path] = (
+            Lora(a, b, scale, dropout)
+            if magnitude is None
+            else Dora(a, b, scale, dropout, magnitude=jnp.asarray(magnitude))
+        )
+        masks[site.path] = jnp.ones(r, jnp.float32)
     problems += [f"module {name!r} has an adapter but is not among the sites" for name in factors]
     heads, wrong = _heads(rest, config, torch_paths)
     problems += wrong
     if problems:
         raise UsageError(f"{folder} does not fit the model, {len(problems)} mismatches: " + "; ".join(problems))
-    return {**adapters, **heads}, masks
+    return adapters, masks, heads
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -182,40 +182,13 @@ def _targeted(config: Mapping[str, Any], name: str) -> bool:
     return selects(config.get("target_modules"), name) and not selects(config.get("exclude_modules"), name)
 
 
-def _join(layers: Sequence[tuple | None], site: Site, dropout: float) -> tuple[Lora, Any]:
-    """Make the adapter and the mask of a site from the (a, b, scale, magnitude) of its layers."""
-    if not site.stack:
-        assert layers[0] is not None
-        a, b, scale, magnitude = layers[0]
-        return _lora_or_dora(a, b, scale, dropout, magnitude), jnp.ones(a.shape[1], jnp.float32)
-    r = max(layer[0].shape[1] for layer in layers if layer)
-    a = np.zeros((len(layers), site.d_in, r), np.float32)
-    b = np.zeros((len(layers), r, site.d_out), np.float32)
-    mask = np.zeros((len(layers), r), np.float32)
-    magnitude = np.ones((len(layers), site.d_out), np.float32)
-    for i, layer in enumerate(layers):
-        if layer:
-            own = layer[0].shape[1]
-            a[i, :, :own], b[i, :own], mask[i, :own] = layer[0] * np.float32(layer[2]), layer[1], 1
-            magnitude[i] = 1 if layer[3] is None else layer[3]
-    a, b, mask, magnitude = (x.reshape(*site.stack, *x.shape[1:]) for x in (a, b, mask, magnitude))
-    dora = any(layer and layer[3] is not None for layer in layers)
-    return _lora_or_dora(a, b, 1.0, dropout, magnitude if dora else None), jnp.asarray(mask)
-
-
-def _lora_or_dora(a: Any, b: Any, scale: float, dropout: float, magnitude: Any) -> Lora:
-    if magnitude is None:
-        return Lora(jnp.asarray(a), jnp.asarray(b), scale, dropout)
-    return Dora(jnp.asarray(a), jnp.asarray(b), scale, dropout, magnitude=jnp.asarray(magnitude))
-
-
 def _heads(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], torch_paths: TorchPaths | None
-) -> tuple[dict[str, Weight], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Return the leaves saved whole, and what is wrong with them."""
     modules = {name: path for path, name in (torch_paths or {}).items() if isinstance(name, str)}
     saved = config.get("modules_to_save") or ()
-    heads: dict[str, Weight] = {}
+    heads: dict[str, Any] = {}
     problems = []
     for name, value in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -229,7 +202,7 @@ def _heads(
         else:
             kernel = leaf == "weight" and value.ndim == 2
             own = "kernel" if kernel else "scale" if leaf == "weight" else "bias"
-            heads[f"{path}/{own}"] = Weight(jnp.asarray(value.T if kernel else value))
+            heads[f"{path}/{own}"] = jnp.asarray(value.T if kernel else value)
     for name in modules:
         if saved_whole(saved, name) and f"{name}.weight" not in tensors:
             problems.append(f"{name}.weight is missing, though modules_to_save has it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,29 +14,21 @@ PREFIX = "base_model.model."
 TorchPaths = Mapping[str, str | Sequence[str]]
 
 
-def torch_names(path: str, stack: tuple[int, ...], torch_paths: TorchPaths | None) -> list[str]:
-    """Return the PyTorch modules of a site: one, or one a layer where it is stacked."""
+def torch_name(path: str, torch_paths: TorchPaths | None) -> str:
+    """Return the PyTorch module of a site."""
     if torch_paths is not None and not isinstance(torch_paths, Mapping):
         raise UsageError(
             f"torch_paths {shown(torch_paths)} cannot be used: expected {{module path: module path in PyTorch}}"
         )
     module, index = split(path)
     if index and path not in (torch_paths or ()):
-        return [_of_layer(path, module, tuple(i for i in index if i is not None), torch_paths or {})]
+        return _of_layer(path, module, tuple(i for i in index if i is not None), torch_paths or {})
     name = path.replace("/", ".") if torch_paths is None else torch_paths.get(path)
     if name is None:
         raise UsageError(f"torch_paths has no entry for {path!r}; nearest names: {nearest(path, torch_paths or ())}")
-    count = math.prod(stack)
-    try:
-        names = [name.format(i) if stack else name for i in range(count)] if isinstance(name, str) else list(name)
-    except (LookupError, TypeError, ValueError):  # a pattern with other braces, or no sequence
-        names = []
-    if not all(isinstance(name, str) for name in names) or len(names) != count or len(set(names)) != count:
-        raise UsageError(
-            f"site {path!r} stands for {count} layers but torch_paths names {len(set(names))} modules for it; "
-            f"give a path for every layer, or a pattern with {{}} for the layer's number"
-        )
-    return names
+    if not isinstance(name, str):
+        raise UsageError(f"torch_paths has {shown(name)} for {path!r}; expected one module path")
+    return name
 
 
 def _of_layer(path: str, module: str, place: tuple[int, ...], torch_paths: TorchPaths) -> str:

@@ -1,8 +1,9 @@
 """Adapters that PEFT has no format for, such as bottlenecks, in a folder of jaxprune's own.
 
-`adapters.json` holds `{"format": "jaxprune-adapters", "version": 1, "adapters": {PATH: {"kind": NAME, "settings": {...}}}}`: the
-class of every adapter in `jaxprune.adapters`, and its fields that are no arrays. `adapters.safetensors` holds the arrays under
-`PATH:FIELD`, and the mask of a site under `PATH:mask`.
+`adapters.json` holds `{"format": "jaxprune-adapters", "version": 2, "adapters": {PATH: {"kind": NAME, "settings": {...}}},
+"weights": [PATH, ...]}`: the class of every adapter in `jaxprune.adapters`, its fields that are no arrays, and the trained
+weights. `adapters.safetensors` holds the arrays under `PATH:FIELD`, the mask of a site under `PATH:mask` and a weight under its
+path.
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ import numpy as np
 from jaxprune import adapters as kinds
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import check_mappings, check_mask, leaves_of
+from jaxprune.adapters.weight import NONE, Weights, check_weights
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path, new_folder
 
 ADAPTERS, ARRAYS = "adapters.json", "adapters.safetensors"
-_FORMAT = {"format": "jaxprune-adapters", "version": 1}
+_FORMAT = {"format": "jaxprune-adapters", "version": 2}
 
 
 def save_adapters(
-    adapters: Adapters, masks: Masks, folder: str | os.PathLike[str], *, beside: Mapping[str, bytes] | None = None
+    adapters: Adapters,
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    *,
+    weights: Weights = NONE,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write adapters of any kind and their masks as they are, for `load_adapters`.
+    """Write adapters of any kind, their masks and trained weights as they are, for `load_adapters`.
 
     Args:
       adapters: {path: adapter}.
       masks: {site path: mask}.
       folder: appears whole or not at all; adapters that were there before are replaced.
+      weights: {leaf path: array}.
       beside: {name: content} of further files to write into the folder.
 
     Raises:
@@ -43,6 +51,7 @@ def save_adapters(
     from safetensors.numpy import save_file
 
     check_mappings(adapters, masks)
+    check_weights(weights)
     described: dict[str, Any] = {}
     arrays = {f"{path}:mask": np.asarray(masks[path]) for path in adapters if path in masks}
     for path, adapter in adapters.items():
@@ -53,22 +62,24 @@ def save_adapters(
         settings = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter) if f.name not in leaves}
         described[path] = {"kind": kind, "settings": settings}
         arrays |= {f"{path}:{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+    arrays |= {path: np.asarray(value) for path, value in weights.items()}
+    said = {**_FORMAT, "adapters": described, "weights": list(weights)}
     beside = beside or {}
     with new_folder(checked_path("folder", folder), (ADAPTERS, ARRAYS, *beside), "adapters") as new:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, new / ARRAYS)
-        (new / ADAPTERS).write_text(json.dumps({**_FORMAT, "adapters": described}, indent=2, default=float) + "\n")
+        (new / ADAPTERS).write_text(json.dumps(said, indent=2, default=float) + "\n")
         for name, content in beside.items():
             (new / name).write_bytes(content)
 
 
-def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read what `save_adapters` wrote.
 
     Raises:
       UsageError: a file is missing, damaged, or of another format or version.
 
     Returns:
-      (adapters, masks), as they were saved.
+      (adapters, masks, weights), as they were saved.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -87,13 +98,14 @@ def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
             adapters[path] = _adapter(path, of, left)
             if (mask := left.pop(f"{path}:mask", None)) is not None:
                 masks[path] = jnp.asarray(mask)
+        weights = {path: jnp.asarray(left.pop(path)) for path in said["weights"]}
         if left:
             raise ValueError(f"array {next(iter(left))!r} belongs to no adapter")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder} cannot be read as adapters of jaxprune: {reason(error)}; save it again") from None
     for path, adapter in adapters.items():
         check_mask(path, adapter, masks.get(path))
-    return adapters, masks
+    return adapters, masks, weights
 
 
 def _adapter(path: str, of: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Any:

@@ -7,18 +7,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxprune.adapters import Adapters, Dora, Lora, Masks, Weight
+from jaxprune.adapters import Adapters, Dora, Lora, Masks
 from jaxprune.adapters.base import check_mappings, check_mask
+from jaxprune.adapters.weight import NONE, Weights, check_weights
 from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
-from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_names
+from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_name
 from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -37,6 +38,7 @@ def save_peft(
     masks: Masks,
     folder: str | os.PathLike[str],
     *,
+    weights: Weights = NONE,
     initial: Adapters | None = None,
     torch_paths: TorchPaths | None = None,
     params: Mapping[str, Any] | None = None,
@@ -56,13 +58,14 @@ def save_peft(
     belongs to the checkpoint as it is: lora_A = [s A, -s A0]^T and lora_B = [B; B0]^T.
 
     Args:
-      adapters: {site path: adapter}, as `method.seen` gives them, and {leaf path: Weight} for the leaves of the head.
+      adapters: {site path: adapter}, as `method.seen` gives them.
       masks: {site path: (r,)}; a site without a mask is taken whole.
       folder: where to write.
+      weights: {leaf path: array}, the trained leaves of the head.
       initial: what training started from, `start.adapters`; needed where factors were taken out of the kernels, and a copy
         on the host (`jax.device_get`), since a training step donates its state.
-      torch_paths: {module path: module path in the PyTorch model}; by default `/` becomes `.`. A site stacked by
-        `nn.scan` needs a pattern with `{}` for the layer's number, or a sequence with a path for every layer.
+      torch_paths: {module path: module path in the PyTorch model}; by default `/` becomes `.`. The module of
+        scanned layers needs a pattern with `{}` for the layer's number, or a sequence with a path for every layer.
       params: the model's parameters. PEFT saves a head whole; leaves of it that were not trained are taken from here.
       base_model: name or folder of the checkpoint the adapters belong to.
       task_type: PEFT's name of the task; `SEQ_CLS` goes with a head, `CAUSAL_LM` or None without.
@@ -83,8 +86,8 @@ def save_peft(
     for name, value in (("base_model", base_model), ("task_type", task_type)):
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{name} {shown(value)} cannot be used: expected text or None")
-    weights = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, Weight)}
-    loras, masks = _as_written({path: x for path, x in adapters.items() if path not in weights}, masks, initial)
+    check_weights(weights)
+    loras, masks = _as_written(adapters, masks, initial)
     doras = [path for path, adapter in loras.items() if isinstance(adapter, Dora)]
     if doras and len(doras) < len(loras):
         raise UsageError(
@@ -174,32 +177,23 @@ def _as_written(adapters: Adapters, masks: Masks, initial: Adapters | None) -> t
 def _on_own_kernel(path: str, adapter: Lora | None, mask: Any, first: Lora) -> tuple[Lora, np.ndarray]:
     """Return s (A * m) B - s0 A0 B0 as one adapter."""
     if adapter is None:
-        adapter, mask = dataclasses.replace(first, a=first.a[..., :0], b=first.b[..., :0, :]), None
-    mask = np.ones((*adapter.a.shape[:-2], adapter.rank), np.float32) if mask is None else np.asarray(mask)
-    if isinstance(first, Dora) and not (mask > 0).any(-1).all():
+        adapter, mask = dataclasses.replace(first, a=first.a[:, :0], b=first.b[:0]), None
+    mask = np.ones(adapter.rank, np.float32) if mask is None else np.asarray(mask)
+    if isinstance(first, Dora) and not (mask > 0).any():
         raise UsageError(
             f"DoRA site {path!r} has no live component, and its kernel is not the model's own, which the PEFT format cannot "
             f"express; merge the adapters into the parameters and save those"
         )
     a = np.concatenate([adapter.a, np.asarray(first.a) * np.float32(-first.scale / adapter.scale)], -1)
     b = np.concatenate([adapter.b, first.b], -2)
-    mask = np.concatenate([mask, np.ones((*first.a.shape[:-2], first.rank), np.float32)], -1)
+    mask = np.concatenate([mask, np.ones(first.rank, np.float32)])
     return dataclasses.replace(adapter, a=a, b=b, residual=False), mask
 
 
-def _layers(adapter: Lora, mask: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (a, b, gate) of every stacked layer, in float32, where gate = s m."""
-    a, b = np.asarray(adapter.a, np.float32), np.asarray(adapter.b, np.float32)
-    stack, r = a.shape[:-2], a.shape[-1]
-    gate = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), (*stack, r))
-    gate = gate * np.float32(adapter.scale)
-    count = math.prod(stack)
-    yield from zip(*(x.reshape(count, *x.shape[len(stack) :]) for x in (a, b, gate)), strict=True)
-
-
-def _rows(value: Any) -> np.ndarray:
-    """Return a vector, or the vectors of a stack, as rows in float32."""
-    return np.asarray(value, np.float32).reshape(-1, value.shape[-1])
+def _factors(adapter: Lora, mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (a, b, gate) in float32, where gate = s m."""
+    gate = np.ones(adapter.a.shape[-1], np.float32) if mask is None else np.asarray(mask, np.float32)
+    return np.asarray(adapter.a, np.float32), np.asarray(adapter.b, np.float32), gate * np.float32(adapter.scale)
 
 
 def _lora_tensors(
@@ -209,19 +203,18 @@ def _lora_tensors(
     ranks: dict[str, int] = {}
     seen: dict[str, str] = {}
     for path, adapter in loras.items():
-        names = torch_names(path, adapter.a.shape[:-2], torch_paths)
-        for i, (name, (a, b, gate)) in enumerate(zip(names, _layers(adapter, masks.get(path)), strict=True)):
-            if seen.setdefault(name, path) != path:
-                raise UsageError(f"sites {seen[name]!r} and {path!r} both have the torch path {name!r}")
-            live = gate != 0
-            if live.any():
-                ranks[name] = int(live.sum())
-                a, b = a[:, live] * gate[live], b[live]
-                # The safetensors writer takes the bytes as they lie, so a transposed view would be saved untransposed.
-                tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-                tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
-                if isinstance(adapter, Dora):
-                    tensors[f"{PREFIX}{name}{_MAGNITUDE}"] = _rows(adapter.magnitude)[i]
+        name, (a, b, gate) = torch_name(path, torch_paths), _factors(adapter, masks.get(path))
+        if seen.setdefault(name, path) != path:
+            raise UsageError(f"sites {seen[name]!r} and {path!r} both have the torch path {name!r}")
+        live = gate != 0
+        if live.any():
+            ranks[name] = int(live.sum())
+            a, b = a[:, live] * gate[live], b[live]
+            # The safetensors writer takes the bytes as they lie, so a transposed view would be saved untransposed.
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+            if isinstance(adapter, Dora):
+                tensors[f"{PREFIX}{name}{_MAGNITUDE}"] = np.asarray(adapter.magnitude, np.float32)
     if not ranks:
         raise UsageError("no adapter has a live component, so there is no LoRA to save; save the parameters instead")
     # A pattern also matches paths that end in it, and the first match wins: the longer path has to come first.
@@ -229,7 +222,7 @@ def _lora_tensors(
 
 
 def _head_tensors(
-    weights: Mapping[str, Weight],
+    weights: Weights,
     params: Mapping[str, Any] | None,
     torch_paths: TorchPaths | None,
     adapted: Sequence[str],
@@ -237,7 +230,7 @@ def _head_tensors(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the tensors of the modules saved whole, and those modules' names."""
     leaves: dict[str, dict[str, Any]] = {}
-    for path, value in {**flatten(params or {}), **{path: weight.value for path, weight in weights.items()}}.items():
+    for path, value in {**flatten(params or {}), **weights}.items():
         module, _, leaf = path.rpartition("/")
         leaves.setdefault(module, {})[leaf] = value
     known = {module: module.replace("/", ".") for module in leaves} if torch_paths is None else torch_paths
@@ -247,7 +240,7 @@ def _head_tensors(
 
     modules: dict[str, None] = {}
     for module in dict.fromkeys(path.rpartition("/")[0] for path in weights):
-        name = torch_names(module, (), torch_paths)[0]
+        name = torch_name(module, torch_paths)
         # The outermost module is what PEFT's users name, unless the rest of the model lies in it (BERT's pooler).
         outermost = name.split(".")[0]
         modules[name if any(other.split(".")[0] == outermost for other in body) else outermost] = None
@@ -289,16 +282,15 @@ def _verify(
 
     Magnitudes and the head must be the same to the bit.
     """
-    sites = [Site(p, x.a.shape[-2], x.b.shape[-1], 0, "", tuple(x.a.shape[:-2])) for p, x in loras.items()]
-    back, back_masks = load_peft(folder, sites, torch_paths=torch_paths)
-    found = sum(isinstance(adapter, Weight) for adapter in back.values())
-    wrong = [] if found == len(head) else [f"{found} leaves of the head instead of {len(head)}"]
+    sites = [Site(path, x.a.shape[0], x.b.shape[-1], 0, "") for path, x in loras.items()]
+    back, back_masks, heads = load_peft(folder, sites, torch_paths=torch_paths)
+    wrong = [] if len(heads) == len(head) else [f"{len(heads)} leaves of the head instead of {len(head)}"]
     stored = read_folder(folder)[1]
     wrong += [key for key, value in {**head, **magnitudes}.items() if not np.array_equal(stored[key], value)]
     for path, adapter in loras.items():
-        nothing = Lora(adapter.a[..., :0], adapter.b[..., :0, :], 1.0)
-        written, read = _layers(adapter, masks.get(path)), _layers(back.get(path, nothing), back_masks.get(path))
-        if any(_distance(one, other) > 1e-5 for one, other in zip(written, read, strict=True)):
+        nothing = Lora(adapter.a[:, :0], adapter.b[:0], 1.0)
+        written, read = _factors(adapter, masks.get(path)), _factors(back.get(path, nothing), back_masks.get(path))
+        if _distance(written, read) > 1e-5:
             wrong.append(path)
     if wrong:
         raise RuntimeError(f"the adapter read back differs from the one written, in {wrong}; nothing was written")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
-Ranks = Mapping[str, int | Sequence[int]]
+Ranks = Mapping[str, int]
 
 
 def plot_ranks(
@@ -37,8 +37,7 @@ def plot_ranks(
     0 is white, a layer that has no such site is hatched.
 
     Args:
-      ranks: {site path: rank}; sites that are absent have rank 0. A site stacked by `nn.scan` may have one rank for
-        every layer of the stack.
+      ranks: {site path: rank}; sites that are absent have rank 0.
       sites: the sites of the model; types stand in the order in which they first appear.
       path: file to write.
       title: first line of the title.
@@ -77,8 +76,7 @@ def plot_ranks_before_after(
     A site that had a rank and has none after pruning is grey and crossed out; one that never had any is white.
 
     Args:
-      before: {site path: rank} before the first pruning event; absent sites have rank 0, stacked ones may have one
-        rank for every layer of the stack.
+      before: {site path: rank} before the first pruning event; absent sites have rank 0.
       after: {site path: rank} at the end of the run, of the same form.
       sites: the sites of the model; types stand in the order in which they first appear.
       path: file to write.
@@ -184,9 +182,7 @@ def _bar(figure: Figure, image: QuadMesh, axes: list[Axes], top: int) -> None:
 
 def _count(ranks: Ranks, sites: Sequence[Site]) -> int:
     """Return the adapter parameters sum_i r_i (d_in + d_out)."""
-    return sum(
-        int(np.broadcast_to(ranks.get(site.path, 0), site.stack).sum()) * (site.d_in + site.d_out) for site in sites
-    )
+    return sum(site.cost(ranks.get(site.path, 0)) for site in sites)
 
 
 def _grid(ranks: Ranks, sites: Sequence[Site]) -> _Grid:
@@ -200,15 +196,12 @@ def _grid(ranks: Ranks, sites: Sequence[Site]) -> _Grid:
             raise UsageError(f"ranks name {shown(path)}, which is not a site; nearest names: {near}")
     cells = {}
     for site in sites:
-        given = np.array(ranks.get(site.path, 0), dtype=object)
-        if given.shape not in ((), site.stack) or any((whole(r) or 0) < 0 or whole(r) is None for r in given.flat):
+        rank = whole(ranks.get(site.path, 0))
+        if rank is None or rank < 0:
             raise UsageError(
-                f"rank {shown(ranks[site.path])} at {shown(site.path)} is wrong: expected a whole number, 0 or more, or one "
-                f"for each layer of a stack of shape {site.stack}"
+                f"rank {shown(ranks[site.path])} at {shown(site.path)} is wrong: expected a whole number, 0 or more"
             )
-        own = np.broadcast_to(ranks.get(site.path, 0), site.stack).ravel()
-        for layer, rank in enumerate(own, start=site.layer):
-            cells[layer, _role(site)] = int(rank)
+        cells[site.layer, _role(site)] = rank
     roles = list(dict.fromkeys(map(_role, sites)))
     layers = range(min(layer for layer, _ in cells), max(layer for layer, _ in cells) + 1)
     grid = np.array([[cells.get((layer, role), np.nan) for role in roles] for layer in layers])

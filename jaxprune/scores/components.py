@@ -16,7 +16,7 @@ def component_norms(adapters: Adapters) -> dict[str, jax.Array]:
       adapters: {site path: adapter}; those without factors `a` and `b` are passed over.
 
     Returns:
-      {site path: (r,)}, or (layers, r) where stacked.
+      {site path: (r,)}.
 
     Source: DPLoRA, algorithm 1.
     """

@@ -57,7 +57,7 @@ def site_scores(
       UsageError: unknown kind, no batches, or a site that is not in the parameters.
 
     Returns:
-      {site path: score}, averaged over batches (and over the layers of a stacked site).
+      {site path: score}, averaged over batches.
 
     Source: DPLoRA, section 3.1 and Tables 16 and 17.
     """

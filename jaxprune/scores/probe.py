@@ -61,7 +61,7 @@ class GradientProbe:
 
     Attributes:
       lora: what it computes and what is trained.
-      tau: zeros shaped as the measurement, with the stack axes in front.
+      tau: zeros shaped as the measurement.
       reduce: the measurement, from `jaxprune.scores.redundancy`.
       dense: the same as `dense(G, s A m B)`, for a merged kernel, whose dense gradient exists anyway.
     """
@@ -95,7 +95,7 @@ class InputProbe:
 
     Attributes:
       lora: what it computes and what is trained.
-      tau: zeros shaped as the measurement, with the stack axes in front.
+      tau: zeros shaped as the measurement.
       reduce: `reduce(x_NxI, a_IxR)`.
     """
 

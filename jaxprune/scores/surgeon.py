@@ -20,7 +20,7 @@ COMPONENT_SCORES = ("element1", "element2", "taylor2")
 
 
 class Factor(NamedTuple):
-    """What surgery needs to know of one factor F with gradient g; stacked axes lie in front.
+    """What surgery needs to know of one factor F with gradient g.
 
     Attributes:
       curvature: H, (r, r), without damping.
@@ -81,7 +81,7 @@ def downdate(inverse: Array, j: Array | int) -> Array:
     return left.at[:, j].set(0.0).at[j, :].set(0.0)
 
 
-def compensation(inverse: Array, removed: Array, count: Array | int) -> Array:
+def compensation(inverse: Array, removed: Array) -> Array:
     """Return the coefficients C (r, k), zero in removed rows, such that F + C F[removed] is the best without `removed`.
 
     One component after the other, each with the inverse downdated by those before: C = -H^-1[:, S] K in all.
@@ -89,26 +89,21 @@ def compensation(inverse: Array, removed: Array, count: Array | int) -> Array:
     Args:
       inverse: H^-1 over the live components, (r, r).
       removed: indices, (k,).
-      count: how many of them count; the coefficients of the rest are zero.
     """
-    rows = inverse.shape[-1]
-    slots = jnp.arange(removed.shape[0])
-    used = slots < count
 
     def remove(slot: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rest, image = carry
         j = removed[slot]
-        column = jnp.where(used[slot], rest[:, j] / rest[j, j], 0.0)
-        return jnp.where(used[slot], downdate(rest, j), rest), image - jnp.outer(column, image[j])
+        return downdate(rest, j), image - jnp.outer(rest[:, j] / rest[j, j], image[j])
 
-    start = jax.nn.one_hot(removed, rows, axis=0) * used
+    start = jax.nn.one_hot(removed, inverse.shape[-1], axis=0)
     _, image = jax.lax.fori_loop(0, removed.shape[0], remove, (inverse, start))
     gone = jnp.sum(start, axis=1) > 0
     return jnp.where(gone[:, None], 0.0, image)
 
 
 def component_score(kind: str, a: Array, b: Array, grad_a: Array, grad_b: Array) -> Array:
-    """Return a score of every component from values and gradients entry by entry, (r,) or (layers, r).
+    """Return a score of every component from values and gradients entry by entry, (r,).
 
     | kind | entries summed over column j of A and row j of B |
     | --- | --- |

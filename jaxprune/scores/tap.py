@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,7 @@ def _forward(reduce: Reduce, value: Array, tau: Array):
 
 def _backward(reduce: Reduce, residuals: tuple[Array, Array], gradient: Array):
     value, tau = residuals
-    measure = lambda g, v: reduce(g.astype(jnp.float32), v.astype(jnp.float32))  # noqa: E731
-    stacked = tau.ndim - jax.eval_shape(measure, gradient, value).ndim
-    for _ in range(stacked):  # a stacked kernel merged whole: one measurement a layer
-        measure = jax.vmap(measure)
-    return gradient, measure(gradient, value).astype(tau.dtype)
+    return gradient, reduce(gradient.astype(jnp.float32), value.astype(jnp.float32)).astype(tau.dtype)
 
 
 _identity.defvjp(_forward, _backward)
@@ -82,13 +79,9 @@ class KernelTap:
         """Return the measurement, of a tap that is a gradient."""
         return self.tau
 
-    @property
-    def on_kernel(self) -> bool:
-        """However often its module runs, in one call or in the steps of a recurrence, gradients add up before the tap.
-
-        Not so for the layers of a scan, whose dense gradients would then all live at once: each meets its own tap.
-        """
-        return not self.tau.ndim
+    # However often its module runs, in one call or in the steps of a recurrence, gradients add up before the tap. The layers of a
+    # scan, whose dense gradients would then all live at once, meet a tap each.
+    on_kernel: ClassVar[bool] = True
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tau"], meta_fields=[])
@@ -122,5 +115,5 @@ def _absolute_values(gradient: Array, value: Array) -> Array:
 def taps(sites: Sequence[Site], reduce: Reduce | None) -> dict[str, KernelTap] | dict[str, ActivationTap]:
     """Make one tap a site: of the kernel's gradient, or of the activation where `reduce` is None."""
     if reduce is None:
-        return {site.path: ActivationTap(jnp.zeros((*site.stack, 2), jnp.float32)) for site in sites}
-    return {site.path: KernelTap(jnp.zeros(site.stack, jnp.float32), reduce) for site in sites}
+        return {site.path: ActivationTap(jnp.zeros(2, jnp.float32)) for site in sites}
+    return {site.path: KernelTap(jnp.zeros((), jnp.float32), reduce) for site in sites}

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Adapters, Dora, Lora, MaskedDora, Masks, Weight
+from jaxprune.adapters import Adapters, Dora, Lora, MaskedDora, Masks
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.channel import GONE
+from jaxprune.adapters.weight import NONE, Weights
 from jaxprune.errors import UsageError
 from jaxprune.sites import flatten, with_leaves
 
@@ -65,15 +66,22 @@ class Extracted(NamedTuple):
       config: its configuration.
       params: its parameters.
       adapters: its adapters.
+      weights: its trained weights.
     """
 
     config: EncoderConfig
     params: dict[str, Any]
     adapters: dict[str, Any]
+    weights: dict[str, Array]
 
 
 def extract(
-    config: EncoderConfig, params: Mapping[str, Any], adapters: Adapters, masks: Masks | None = None
+    config: EncoderConfig,
+    params: Mapping[str, Any],
+    adapters: Adapters,
+    masks: Masks | None = None,
+    *,
+    weights: Weights = NONE,
 ) -> Extracted:
     """Remove the channels that the adapters' channel masks switch off.
 
@@ -83,8 +91,9 @@ def extract(
     Args:
       config: of an encoder in `jaxprune.models`.
       params: its parameters; left as they are.
-      adapters: {path: adapter}; those of `MaskedDora` say what goes, LoRA, DoRA and whole weights go along.
+      adapters: {path: adapter}; those of `MaskedDora` say what goes, LoRA and DoRA go along.
       masks: {site path: (r,)} of the rank components.
+      weights: {leaf path: array}, which are cut like the parameters.
 
     Raises:
       UsageError: an adapter of another kind sits on a module that gets smaller.
@@ -110,12 +119,11 @@ def extract(
 
     flat, small = flatten(params), dict(adapters)
     for path, adapter in adapters.items():
-        if isinstance(adapter, Weight):
-            small[path] = dataclasses.replace(adapter, value=_cut_leaf(path, adapter.value, cuts))
-        elif path in cuts:
+        if path in cuts:
             small[path] = _cut_adapter(path, adapter, flat[f"{path}/kernel"], masks.get(path), cuts[path])
     left = {path: _cut_leaf(path, leaf, cuts) for path, leaf in flat.items()}
-    return Extracted(_with_widths(config, widths), with_leaves(params, left), small)
+    trained = {path: _cut_leaf(path, leaf, cuts) for path, leaf in weights.items()}
+    return Extracted(_with_widths(config, widths), with_leaves(params, left), small, trained)
 
 
 def _kept(adapters: Adapters, masks: Masks, paths: tuple[str, ...], heads: int, width: int) -> Kept:

@@ -11,3 +11,5 @@ from jaxprune.train.state import TrainState as TrainState
 from jaxprune.train.state import init_state as init_state
 from jaxprune.train.state import make_predict as make_predict
 from jaxprune.train.state import make_step as make_step
+from jaxprune.train.run import Training as Training
+from jaxprune.train.run import training as training

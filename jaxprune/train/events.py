@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from jaxprune.adapters import Masks
+from jaxprune.adapters import Masks, parted, with_weights
 from jaxprune.methods.base import Context, Method
 from jaxprune.optim import tailored
 from jaxprune.surgery import Decision, apply, compact, survivors
@@ -16,7 +16,7 @@ def prune(
     state: TrainState,
     method: Method,
     optimizer: optax.GradientTransformation,
-    context: Context | None = None,
+    context: Context,
 ) -> tuple[TrainState, Decision | None]:
     """Run the method's pruning event, where there is one after the steps done so far.
 
@@ -28,19 +28,21 @@ def prune(
       state: not changed.
       method: its `triggers` and `decide`.
       optimizer: the chain that `init_state` got.
-      context: what the method's `start` got, for methods that measure on data of their own.
+      context: what the method's `start` got.
 
     Returns:
       (state, decision); the decision is None where nothing was to be decided or nothing changes.
     """
     if method.decide is None or not method.triggers(int(state.step)):
         return state, None
-    method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), context)
+    now = context._replace(params=with_weights(context.params, state.weights))
+    method_state, decision = method.decide(state.method_state, state.adapters, state.masks, int(state.step), now)
     new = state._replace(method_state=method_state)
     if decision is not None:
-        chain = tailored(optimizer, state.adapters)
-        adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, chain)
-        new = new._replace(adapters=adapters, masks=masks, opt_state=opt_state)
+        chain = tailored(optimizer, state.trained)
+        trained, masks, opt_state = apply(decision, state.trained, state.masks, state.opt_state, chain)
+        adapters, weights = parted(trained)
+        new = new._replace(adapters=adapters, weights=weights, masks=masks, opt_state=opt_state)
     return place(new, state), decision
 
 
@@ -52,11 +54,12 @@ def compacted(state: TrainState, method: Method | None, optimizer: optax.Gradien
       method: its `compact` handles its own state.
       optimizer: the chain that `init_state` got.
     """
-    chain = tailored(optimizer, state.adapters)
+    chain = tailored(optimizer, state.trained)
     kept = survivors(state.masks)
-    adapters, masks, opt_state = compact(state.adapters, state.masks, state.opt_state, chain)
+    trained, masks, opt_state = compact(state.trained, state.masks, state.opt_state, chain)
+    adapters, weights = parted(trained)
     method_state = method.compact(state.method_state, kept) if method else state.method_state
-    small = state._replace(adapters=adapters, masks=masks, opt_state=opt_state, method_state=method_state)
+    small = TrainState(adapters, weights, masks, opt_state, method_state, state.step, state.key)
     return place(small, state)
 
 

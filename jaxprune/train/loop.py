@@ -68,7 +68,7 @@ def fit(
         raise UsageError(f"state {shown(state)} cannot be used: expected what init_state returns")
     if getattr(state.step, "is_deleted", bool)():
         raise UsageError("the state was donated to a step before; go on with the state that the step returned")
-    names = [*leaf_names(state.adapters), "the loss"]
+    names = [*leaf_names(state.trained), "the loss"]
     number = int(state.step)
     pending: collections.deque = collections.deque()
     # A terminal is redrawn; a log file gets a line every quarter of a minute.
@@ -116,7 +116,7 @@ def fit(
                 settle()
             if pause_at(number):
                 state, note = pause(number, state)
-                names, ranks = [*leaf_names(state.adapters), "the loss"], shapes()
+                names, ranks = [*leaf_names(state.trained), "the loss"], shapes()
                 if note:
                     postfix["eval"] = note
                     bar.set_postfix(postfix, refresh=False)

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.adapters import Adapters, Masks
+from jaxprune.adapters import Adapters, Masks, Weights, joined, parted, with_weights
 from jaxprune.adapters.base import check_key, check_mappings, check_mask
+from jaxprune.adapters.weight import NONE, check_weights
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import whole
 from jaxprune.methods.base import Method
 from jaxprune.optim import check_prunable, tailored
-from jaxprune.sites import Site
 from jaxprune.surgery import zero_dead
 from jaxprune.train.placement import place, strong
 
-# Keeps what a method's view draws apart from what the loss draws.
-_VIEW = 0x71EF
+# Keep what a method's view, and what dropout of adapters draws, apart from what the loss draws.
+_VIEW, _DROPOUT = 0x71EF, 0xD909
 
 
 class TrainState(NamedTuple):
     """Everything a run owns, one pytree: it can be saved, sharded, donated and mapped over seeds."""
 
     adapters: Adapters
+    weights: Weights
     masks: Masks
     opt_state: optax.OptState
     method_state: Any
     step: jax.Array
     key: jax.Array
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """Everything that is trained, as the optimizer sees it."""
+        return joined(self.adapters, self.weights)
 
 
 def init_state(
@@ -42,19 +48,19 @@ def init_state(
     masks: Masks,
     optimizer: optax.GradientTransformation,
     method: Method | None = None,
-    sites: Sequence[Site] = (),
     *,
+    weights: Weights = NONE,
     mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
     """Make the state of step 0, committed to the devices where it stays.
 
     Args:
       key: random key; the step folds its number into it, so a run's randomness is a function of (key, step).
-      adapters: what is trained.
+      adapters: {site path: adapter}, trained.
       masks: {site path: mask}, never trained.
       optimizer: any Optax chain.
       method: whose own state to make; None for none.
-      sites: passed to the method.
+      weights: {leaf path: array} of the model's own leaves that are trained too, such as a head, from `init_weights`.
       mesh: the devices that the parameters lie on, where they are several; by default those that an adapter lies on. Leaves
         that are on one device go to all of them, whole.
 
@@ -64,6 +70,7 @@ def init_state(
     """
     check_key(key)
     check_mappings(adapters, masks)
+    check_weights(weights)
     _check_parts(optimizer, method)
     for path, adapter in adapters.items():
         if not dataclasses.is_dataclass(adapter):
@@ -73,9 +80,13 @@ def init_state(
         check_mask(path, adapter, masks.get(path))
     if method and method.decide and masks:
         check_prunable(optimizer, adapters, masks)
-    method_state = method.init(adapters, masks, sites) if method else ()
-    opt_state = tailored(optimizer, adapters).init(adapters)
-    return place(TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key), mesh=mesh)
+    weights = dict(weights)
+    method_state = method.init(adapters, masks) if method else ()
+    trained = joined(adapters, weights)
+    opt_state = tailored(optimizer, trained).init(trained)
+    return place(
+        TrainState(adapters, weights, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key), mesh=mesh
+    )
 
 
 def _check_parts(optimizer: Any, method: Any) -> None:
@@ -100,16 +111,17 @@ def make_step(
 ) -> Callable[[Any, TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted `step(params, state, batch) -> (state, metrics)`.
 
-    Only `state.adapters` are differentiated: no gradient of a frozen kernel is ever formed. `metrics` holds `loss`,
-    `grad_norm` (before clipping) and `nonfinite`: the index among `leaf_names` of the first gradient that is not finite,
-    the number of leaves where only the loss is not, -1 where all is well.
+    Only adapters and weights are differentiated: no gradient of a frozen kernel is ever formed. `metrics` holds `loss`,
+    `grad_norm` (before clipping) and `nonfinite`: the index among `leaf_names(state.trained)` of the first gradient that is not
+    finite, the number of leaves where only the loss is not, -1 where all is well.
 
     Args:
       forward: from `attach` or `attach_function`.
       loss_fn: `loss_fn(apply, batch, key) -> loss` or `(loss, aux)`: the mean loss of a batch, `apply(*inputs, ...)` being
-        the adapted model and `key` this step's random key.
+        the adapted model and `key` this step's random key. Where adapters have dropout and the loss passes no `rngs`, the step
+        passes a key for it.
       optimizer: the chain that `init_state` got.
-      method: its `observe`, `penalty` and `project` take part in the step.
+      method: its `view`, `penalty`, `probes`, `observe` and `project` take part in the step.
       accumulate: microbatches a step; each leaf of a batch then has a leading axis of that length, and losses and gradients
         are averaged over it.
       donate: let XLA reuse the old state's memory; the state passed in is then gone, and JAX raises an error ("Array has
@@ -129,13 +141,23 @@ def make_step(
         )
     accumulate = micro
 
-    def loss(adapters, zeros, masks, params, batch, key, step):
-        regular = method.penalty(adapters) if method and method.penalty else 0.0
+    def loss(trained, zeros, state, params, batch, key):
+        (adapters, weights), masks = trained, state.masks
+        params = with_weights(params, weights)
+        regular = method.penalty(state.method_state, adapters, masks) if method and method.penalty else 0.0
         if method and method.view:
-            adapters, masks = method.view(adapters, masks, jax.random.fold_in(key, _VIEW), step)
+            drawn = jax.random.fold_in(key, _VIEW)
+            adapters, masks = method.view(state.method_state, adapters, masks, drawn, state.step + 1)
         if zeros is not None and method and method.probes:
             adapters = method.probes.wrap(adapters, zeros)
-        value = loss_fn(lambda *inputs, **kw: forward(params, adapters, masks, *inputs, **kw), batch, key)
+        drops = getattr(forward, "takes_rngs", False) and any(getattr(x, "dropout", 0.0) for x in adapters.values())
+
+        def apply(*inputs: Any, **kw: Any) -> Any:
+            if drops and kw.get("rngs") is None:
+                kw["rngs"] = {"dropout": jax.random.fold_in(key, _DROPOUT)}
+            return forward(params, adapters, masks, *inputs, **kw)
+
+        value = loss_fn(apply, batch, key)
         value = value[0] if isinstance(value, tuple) else value
         if jnp.shape(value) != ():
             raise UsageError(
@@ -145,48 +167,50 @@ def make_step(
 
     def value_and_grads(state, params, batch, key, zeros):
         grad = jax.value_and_grad(loss, argnums=(0, 1))
+        trained = (state.adapters, state.weights)
         if accumulate == 1:
-            return grad(state.adapters, zeros, state.masks, params, batch, key, state.step)
+            return grad(trained, zeros, state, params, batch, key)
 
         if any(jnp.shape(leaf)[:1] != (accumulate,) for leaf in jax.tree.leaves(batch)):
             raise UsageError(f"with accumulate={accumulate} each leaf of a batch needs a leading axis of that length")
 
         def add(total, item):
             index, micro = item
-            value = grad(state.adapters, zeros, state.masks, params, micro, jax.random.fold_in(key, index), state.step)
+            value = grad(trained, zeros, state, params, micro, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, value), None
 
-        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.adapters, zeros)))
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (trained, zeros)))
         total, _ = jax.lax.scan(add, start, (jnp.arange(accumulate), batch))
         return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
     def observed(state, params, batch, key, zeros):
-        value, (grads, measured) = value_and_grads(state, params, batch, key, zeros)
+        value, ((grads, of_weights), measured) = value_and_grads(state, params, batch, key, zeros)
         grads = zero_dead(grads, state.masks)
         if not method:
-            return value, grads, state.method_state
-        seen = method.observe(state.method_state, state.adapters, state.masks, grads, state.step, measured)
-        return value, grads, seen
+            return value, grads, of_weights, state.method_state
+        seen = method.observe(state.method_state, state.adapters, state.masks, grads, state.step + 1, measured)
+        return value, grads, of_weights, seen
 
     def step(params, state: TrainState, batch):
         key = jax.random.fold_in(state.key, state.step)
         if method and method.probes:
             zeros = method.probes.zeros(state.adapters)
-            value, grads, method_state = jax.lax.cond(
-                method.probes.when(state.step),
+            value, grads, of_weights, method_state = jax.lax.cond(
+                method.probes.when(state.step + 1),
                 lambda: observed(state, params, batch, key, zeros),
                 lambda: observed(state, params, batch, key, None),
             )
         else:
-            value, grads, method_state = observed(state, params, batch, key, None)
-        chain = tailored(optimizer, state.adapters)
-        updates, opt_state = chain.update(grads, state.opt_state, state.adapters)
-        adapters: Any = optax.apply_updates(state.adapters, updates)
+            value, grads, of_weights, method_state = observed(state, params, batch, key, None)
+        chain, every = tailored(optimizer, state.trained), joined(grads, of_weights)
+        updates, opt_state = chain.update(every, state.opt_state, state.trained)
+        updated: Any = optax.apply_updates(state.trained, updates)
+        adapters, weights = parted(updated)
         if method and method.project:
-            adapters = method.project(method_state, adapters, state.masks, state.step)
+            method_state, adapters = method.project(method_state, adapters, state.masks, grads, state.step + 1)
         adapters = zero_dead(adapters, state.masks)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "nonfinite": _first_nonfinite(value, grads)}
-        new = TrainState(adapters, state.masks, opt_state, method_state, state.step + 1, state.key)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(every), "nonfinite": _first_nonfinite(value, every)}
+        new = TrainState(adapters, weights, state.masks, opt_state, method_state, state.step + 1, state.key)
         return jax.tree.map(strong, new), metrics
 
     return _Step(step, donate)
@@ -225,6 +249,8 @@ def _first_nonfinite(loss: jax.Array, grads: Any) -> jax.Array:
 
 def make_predict(forward: Callable[..., Any], outputs_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return the jitted `predict(params, adapters, masks, batch)`: the model's outputs with nothing dropped.
+
+    Trained weights come into the parameters first: `predict(with_weights(params, weights), ...)`.
 
     Args:
       forward: from `attach` or `attach_function`.

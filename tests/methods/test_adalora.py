@@ -47,7 +47,7 @@ def ours(optimizer, **changed):
     sites = jp.find_sites(params)
     start = method.start(jp.Context(jax.random.key(0), params, sites, forward, loss_fn))
     adapters = {n: dataclasses.replace(start.adapters[n], a=a, b=b) for n, (a, _, b) in factors.items()}
-    state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method)
     for number in range(TOTAL):
         state, _ = step(params, state, {"x": x[number], "y": y[number]})
@@ -198,7 +198,7 @@ def test_the_dead_stay_dead_and_can_be_compacted():
     loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(x) - 1))  # noqa: E731
     start = method.start(jp.Context(jax.random.key(3), params, sites, forward, loss_fn))
     optimizer = optax.adam(1e-2)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     for _ in range(4):
         state, _ = step(params, state, {})
@@ -285,7 +285,7 @@ def test_the_defaults_learn_in_some_hundred_steps():
     # Four factors take the penalty that 144 have in the scripts.
     method, optimizer = jp.adalora(total_steps=total, orthogonal=0.1 * 4 / 144), optax.adamw(1e-3)
     start = method.start(jp.Context(jax.random.key(1), params, sites, forward, loss_fn))
-    state = jp.init_state(jax.random.key(2), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(2), start.adapters, start.masks, optimizer, method)
     step, losses = jp.make_step(forward, loss_fn, optimizer, method), []
     for number in range(total // 4):
         state, metrics = step(start.params, state, jax.random.normal(jax.random.key(number), (32, width)))

@@ -156,7 +156,7 @@ def test_a_target_is_met_by_the_channels_that_the_loss_can_do_without():
     method = jp.channelmask(total_steps=80, stage=0.5, channels=("fc1",), rank=1, target=5 / 8, start_logit=2.0)
     start = method.start(jp.Context(jax.random.key(0), params, sites, forward, loss_fn))
     optimizer = optax.adam(0.05)
-    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     batch = {"x": jax.random.normal(jax.random.key(2), (16, 8))}
     first = 1 / (1 + np.exp(-2.0))
@@ -185,7 +185,7 @@ def test_stage_one_learns_masks_and_stage_two_keeps_them():
     method = jp.channelmask(total_steps=16, channels=("fc1",), rank=2, lam=3.0, start_logit=0.5)
     context, start, batch = started(method, "scan")
     optimizer = optax.adamw(0.03, weight_decay=0.1)
-    state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method, context.sites)
+    state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(context.forward, loss_fn, optimizer, method, donate=False)
     gates, decisions = [], []
     for _ in range(16):

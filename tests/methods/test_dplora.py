@@ -35,7 +35,7 @@ def train(form="plain", steps=24, **settings):
     params, sites, forward, context, batch = world(form)
     method = jp.dplora(**{**SETTINGS, **settings})
     start, optimizer = method.start(context), optax.adamw(1e-2)
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     for number in range(1, steps + 1):
         state, _ = step(params, state, batch)
@@ -203,7 +203,7 @@ def _initial():
     _, sites, _, context, _ = world()
     method = jp.dplora(**SETTINGS)
     start = method.start(context)
-    return jp.init_state(jax.random.key(4), start.adapters, start.masks, optax.adamw(1e-2), method, sites)
+    return jp.init_state(jax.random.key(4), start.adapters, start.masks, optax.adamw(1e-2), method)
 
 
 def test_the_survivors_are_the_components_of_largest_norm():

@@ -45,7 +45,7 @@ def setting(form="plain", accumulate=1, loss_fn=loss_fn, **settings):
     method = jp.g2r2(**{"rank": 3, "warmup": 4, "progressive": 4, "interval": 1, **settings})
     sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adam(1e-2)
     start = method.start(jp.Context(jax.random.key(3), params, sites, forward, loss_fn))
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, accumulate=accumulate, donate=False)
     return types.SimpleNamespace(**locals())
 

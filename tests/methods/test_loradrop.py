@@ -109,7 +109,7 @@ def test_the_unimportant_layers_share(form):
     layers = np.asarray([shares[layer, "fc1"] + shares[layer, "fc2"] for layer in range(3)])
     assert layers[1] > 0.9 * layers.sum() and layers[2] > layers[0]  # as the test means it
     np.testing.assert_allclose(decision.report["share"], layers[1] / layers.sum(), rtol=1e-4)
-    seen, masks = method.seen(state.adapters, state.masks)
+    seen, masks = method.seen(state.method_state, state.adapters, state.masks)
 
     def of(tree, kind, layer):
         return tree[f"layers/{kind}"].b[layer] if form == "scan" else tree[f"layer_{layer}/{kind}"].b
@@ -131,7 +131,7 @@ def test_training_goes_on_with_shared_factors(form):
     optimizer = optax.sgd(1e-2)
     method, context, _, state, _ = pruned(form, optimizer)
     forward, params, x = context.forward, context.params, context.batches[0]
-    seen, masks = method.seen(state.adapters, state.masks)
+    seen, masks = method.seen(state.method_state, state.adapters, state.masks)
     untied = jax.grad(lambda a: loss_fn(lambda x: forward(params, a, masks, x), x, None))(seen)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     after, _ = step(params, state, x)

@@ -26,7 +26,7 @@ def setting(form="plain", **settings):
     method = jp.prunedlora(**{"rank": 6, "target": 3, "interval": 2, "remove": 2, **settings})
     sites, forward, optimizer = jp.find_sites(params), jp.attach(model), optax.adam(1e-2)
     start = method.start(jp.Context(jax.random.key(3), params, sites, forward, loss_fn))
-    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method, sites)
+    state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     return types.SimpleNamespace(**locals())
 
