@@ -74,7 +74,7 @@ def _takes(factory: Any) -> Sequence[str]:
 
 
 def test_every_factory_is_in_the_table_or_takes_nothing():
-    from experiments.comparison import METHODS
+    from experiments.run.comparison import METHODS
 
     assert set(METHODS) == {*WRONG, "full", "bitfit"}
 

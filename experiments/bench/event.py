@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.bench_allocate import llama_3_8b, roberta_base
-from experiments.cli import parse
+from experiments.bench.allocate import llama_3_8b, roberta_base
+from experiments.run.cli import parse
 from jaxprune.errors import UsageError
 
 SHAPES = {"roberta-base": roberta_base, "llama-3-8b": llama_3_8b}

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.bench_step import Setting, setting
-from experiments.cli import parse
+from experiments.bench.step import Setting, setting
+from experiments.run.cli import parse
 
 
 @dataclass(frozen=True)
