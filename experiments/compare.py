@@ -1,6 +1,6 @@
 """Compare methods, tasks and seeds: `python -m experiments.compare --methods lora oplora --tasks mrpc rte`."""
 
-from experiments.start import start
+from experiments.run.start import start
 
 if __name__ == "__main__":
-    start("experiments.compare", "experiments.comparison:run")
+    start("experiments.compare", "experiments.run.comparison:run")

@@ -4,7 +4,7 @@ Without --model and --task it takes the MiniLM encoder of the pip package gt-all
 task; two CPU cores need under three minutes.
 """
 
-from experiments.start import start
+from experiments.run.start import start
 
 if __name__ == "__main__":
-    start("experiments.glue", "experiments.finetune:main")
+    start("experiments.glue", "experiments.run.loop:main")

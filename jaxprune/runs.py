@@ -176,7 +176,9 @@ def load_run(folder: str | os.PathLike[str], *, model: str | os.PathLike[str] | 
             f"{part / PREDICT}: max_length {reading.max_length} is more than the {base.config.max_length} positions of "
             f"{base.folder}"
         )
-    return LoadedRun(part, reading, dataclasses.replace(base, params=with_weights(base.params, weights)), adapters, masks)
+    return LoadedRun(
+        part, reading, dataclasses.replace(base, params=with_weights(base.params, weights)), adapters, masks
+    )
 
 
 def _read(path: Path) -> Reading:

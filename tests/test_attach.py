@@ -118,7 +118,9 @@ def test_trained_weights_replace_parameters():
         (None, "weights None cannot be used"),
     ]:
         with pytest.raises(jp.UsageError, match=message):
-            jp.with_weights(params, wrong) if wrong else jp.init_state(jax.random.key(0), {}, {}, optax.sgd(1.0), weights=wrong)
+            jp.with_weights(params, wrong) if wrong else jp.init_state(
+                jax.random.key(0), {}, {}, optax.sgd(1.0), weights=wrong
+            )
 
 
 def test_initial_values_depend_on_the_path_alone():

@@ -50,7 +50,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "dplora": {
         "target": SHARE, "ema_decay": SHARE, "events": OPEN, "delay": (-1, 0.5), "recovery_steps": (-1, 0.5, 10**30),
-        "momentum": NOT_NEGATIVE, "stability": NOT_NEGATIVE, "schedule": ("bezier", None), "rescale": (1,),
+        "momentum": NOT_NEGATIVE, "stability": NOT_NEGATIVE, "schedule": ("sudden", None), "scaling": ("shrink", 1),
     },
     "houlsby": {"reduction": (0, 0.5, NAN), "width": (0, 1.5), "activation": ("selu",), "types": ("fc2", [], [1], 3)},
     "pfeiffer": {"reduction": (0.5,), "types": ("fc2",)},
@@ -74,7 +74,7 @@ def _takes(factory: Any) -> Sequence[str]:
 
 
 def test_every_factory_is_in_the_table_or_takes_nothing():
-    from experiments.comparison import METHODS
+    from experiments.run.comparison import METHODS
 
     assert set(METHODS) == {*WRONG, "full", "bitfit"}
 

@@ -18,8 +18,8 @@ from tests.tower import begin
 
 STEPS = 40
 RUNS = {
-    "dplora": functools.partial(
-        jp.dplora, total_steps=STEPS, events=10, recovery_steps=3, target=0.8, budget=400, ranks=range(9), solver="DP"
+    "dplora": lambda: jp.dplora(
+        jp.oplora(budget=400, ranks=range(9), solver="DP"), total_steps=STEPS, events=10, recovery_steps=3, target=0.8
     ),
     "prunedlora": functools.partial(jp.prunedlora, rank=8, target=2, interval=3, remove=1),
     "adalora": functools.partial(jp.adalora, total_steps=STEPS, init_rank=3, target_rank=2, tinit=1, tfinal=10),

@@ -16,7 +16,7 @@ METHODS = {
     "channelmask": functools.partial(jp.channelmask, total_steps=40, rank=3, channels=("fc1",)),
     "dora": functools.partial(jp.dora, rank=3),
     "dora_pissa": functools.partial(jp.dora, rank=3, init="pissa"),
-    "dplora": functools.partial(jp.dplora, total_steps=24, events=3, budget=240, ranks=range(5), solver="DP"),
+    "dplora": lambda: jp.dplora(jp.oplora(budget=240, ranks=range(5), solver="DP"), total_steps=24, events=3),
     "dylora": functools.partial(jp.dylora, rank=3),
     "full": jp.full,
     "bitfit": jp.bitfit,

@@ -143,7 +143,7 @@ def test_scored_planned_trained_pruned_and_merged(name):
     dropout = 0.0 if name == "tied" else 0.3  # an embedding has no inputs to drop
     context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [x], [x[:, None]])
     # At 0.6 of the budget a quarter of the components goes.
-    method = jp.dplora(total_steps=8, budget=6 * len(sites) * 20, ranks=range(4), events=2, dropout=dropout)
+    method = jp.dplora(jp.oplora(budget=6 * len(sites) * 20, ranks=range(4), dropout=dropout), total_steps=8, events=2)
     start, optimizer = method.start(context), optax.adam(3e-2)
     state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
@@ -238,7 +238,9 @@ def test_activations_are_averaged_over_all_uses():
 def test_shapes_alone_do_not_tell_the_matrices_of_attention():
     """They look like stacks of layers; adapters of wrong sizes are refused by the model too."""
     _, forward, params, x, _ = setting("vit")
-    with pytest.raises(jp.UsageError, match=r"shape \(12, 2, 6\), which does not tell its matrix; pass call=lambda params"):
+    with pytest.raises(
+        jp.UsageError, match=r"shape \(12, 2, 6\), which does not tell its matrix; pass call=lambda params"
+    ):
         jp.find_sites(params, ["query"])
     sites = [jp.Site("encoderblock_0/attention/query", 24, 6, 0, "query")]
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {site.path: 1 for site in sites})

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxprune as jp
-from experiments.build import make_method, method_settings
-from experiments.config import GlueConfig
 from experiments.presets import PRESETS, TASKS, preset
+from experiments.run.build import make_method, method_settings
+from experiments.run.config import GlueConfig
 from jaxprune.models.config import EncoderConfig
 
 SHORT = dict(zip("learning_rate epochs warmup".split(), ("Learning Rate", "Epochs", "Warmup Steps"), strict=True))

@@ -107,7 +107,7 @@ def test_equal_scores(form):
 
 METHODS = {
     "oplora": lambda: jp.oplora(budget=500, ranks=range(5), solver="DP"),
-    "dplora": lambda: jp.dplora(total_steps=40, events=4, budget=500, ranks=range(5), solver="DP"),
+    "dplora": lambda: jp.dplora(jp.oplora(budget=500, ranks=range(5), solver="DP"), total_steps=40, events=4),
     "g2r2": lambda: jp.g2r2(rank=3, warmup=5, progressive=20, interval=5),
 }
 

@@ -33,7 +33,9 @@ def test_layers_of_a_scan_in_a_plain_function_are_named_by_the_axis():
     assert found == sites_of("scan")
     assert [(s.path, s.layer, s.cost(2)) for s in found[:3:2]] == [("layers/fc1[0]", 0, 40), ("layers/fc1[1]", 1, 40)]
     turned = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), tower("scan")[1]["layers"])
-    assert [s.path for s in find_sites({"layers": turned}, ["fc2"], scan_axis=-1)] == [f"layers/fc2[:,:,{i}]" for i in range(3)]
+    assert [s.path for s in find_sites({"layers": turned}, ["fc2"], scan_axis=-1)] == [
+        f"layers/fc2[:,:,{i}]" for i in range(3)
+    ]
     with pytest.raises(UsageError, match=r"'layers/fc1' has the shape \(3, 8, 12\), which does not tell its matrix"):
         find_sites(tower("scan")[1])
 

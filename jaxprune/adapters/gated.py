@@ -1,4 +1,4 @@
-"""The adapter of SoRA (Ding et al. 2023): LoRA with a trained gate on every component, y = x W + s ((x A) * g * m) B."""
+"""LoRA with a trained gate on every component (Ding et al. 2023), y = x W + s ((x A) * g * m) B."""
 
 from __future__ import annotations
 

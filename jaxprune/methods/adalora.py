@@ -43,9 +43,10 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Masks, Svd, init_svd
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
+from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import Components, register
 from jaxprune.schedules import Stage, cubic, stage_steps
 from jaxprune.surgery import Decision, gather
 from jaxprune.surgery.components import host
@@ -67,7 +68,14 @@ class AdaLoraState(NamedTuple):
     uncertainty: dict[str, Svd]
 
 
-@checked
+@register(
+    paper="Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+    components=Components(
+        lambda rank: {"target_rank": rank, "init_rank": -(-3 * rank // 2)},
+        8,
+        "components a site at the end, on average, of 1.5 times as many at the start",
+    ),
+)
 def adalora(
     *,
     total_steps: Count,
@@ -96,7 +104,7 @@ def adalora(
       beta2: decay of U_bar, in (0, 1).
       orthogonal: weight of the penalty, 0 for none; 0.1 as in most of the scripts. It is a norm, not a square, so that its pull
         on each of n factors is weight / n however near they are: a model of few sites needs less.
-      weights: `before` or `after` the update, see above.
+      weights: take the weights of a score from `before` or `after` the update.
       alpha: numerator of s = alpha / (init_rank + 1e-5); None for 16 * init_rank, that is s = 16.
       dropout: rate of the dropout on the adapters' inputs.
 

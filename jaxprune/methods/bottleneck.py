@@ -18,15 +18,16 @@ from typing import Annotated
 from jaxprune.adapters import count, init_bottleneck
 from jaxprune.adapters.bottleneck import ACTIVATIONS
 from jaxprune.allocation import Plan
-from jaxprune.checks import OneOf, Range, Rank, checked
+from jaxprune.checks import OneOf, Range, Rank
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 
 Reduction = Annotated[float, Range(1)]
 Activation = Annotated[str, OneOf(tuple(ACTIVATIONS))]
 
 
-@checked
+@register(paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP")
 def houlsby(
     *,
     reduction: Reduction = 16.0,
@@ -45,7 +46,7 @@ def houlsby(
     return _bottleneck("houlsby", reduction, width, activation, types)
 
 
-@checked
+@register(paper="Pfeiffer et al. 2021, AdapterFusion")
 def pfeiffer(
     *,
     reduction: Reduction = 16.0,
@@ -53,7 +54,14 @@ def pfeiffer(
     activation: Activation = "relu",
     types: Sequence[str] = ("fc2",),
 ) -> Method:
-    """Train a bottleneck after each MLP; arguments as for `houlsby`."""
+    """Train a bottleneck after each MLP.
+
+    Args:
+      reduction: outputs of a site for each unit of its bottleneck; 16 makes 48 units of 768.
+      width: units at every site, instead of `reduction`.
+      activation: `gelu`, `relu`, `silu` or `tanh`.
+      types: types of the sites that end the MLP; `("down_proj",)` in decoders.
+    """
     return _bottleneck("pfeiffer", reduction, width, activation, types)
 
 

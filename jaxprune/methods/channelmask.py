@@ -47,6 +47,7 @@ from jaxprune.checks import Count, NotNegative, OneOf, Positive, Range, Rank, Sh
 from jaxprune.errors import UsageError, nearest
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.dora import dora
+from jaxprune.methods.registry import register
 from jaxprune.surgery import Decision
 
 # Types of the masked sites. The paper's numbers of parameters are those of DoRA of rank 8 on query and value, all masked;
@@ -60,7 +61,10 @@ Stage = Annotated[float, Range(above=0, high=1)]
 _HEADED = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
 
 
-@checked
+@register(
+    paper="Ali et al. 2025, Learning to prune and low-rank adaptation for compact language model deployment",
+    staged=True,
+)
 def channelmask(
     *,
     total_steps: Count,
@@ -134,7 +138,10 @@ def channelmask(
     )
 
 
-@checked
+@register(
+    paper="the control of Ali et al. 2025",
+    staged=True,
+)
 def uniformmask(
     *,
     total_steps: Count,
@@ -153,9 +160,18 @@ def uniformmask(
     share a mask add squares up.
 
     Args:
+      total_steps: optimiser steps of the whole run.
+      stage: share of them that stage 1 takes, above 0 and up to 1.
+      channels: `paper_like`, `useful`, or types of the sites to mask. A mask on queries stands for the query-key pairs.
       ratio: share of the channels of every group (a head, or a whole site) that goes; one stays in any case.
+      rank: components at every site, masked or not.
+      alpha: numerator of s = alpha / rank; None for s = 2.
+      dropout: rate of the dropout on the adapters' inputs.
+      heads: attention heads of the model: each keeps at least one channel.
+      shared: one mask for all heads of a layer.
 
-    The other arguments, and what is raised, are as for `channelmask`.
+    Raises:
+      UsageError: a setting is out of range; by `start`, no site has a type of `channels`.
     """
     end = stage_end(total_steps, stage)
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from jaxprune.adapters import to_dora
-from jaxprune.checks import OneOf, Positive, Rank, Share, checked
+from jaxprune.checks import OneOf, Positive, Rank, Share
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.lora import lora
 from jaxprune.methods.pissa import pissa
+from jaxprune.methods.registry import register
 
 INITS = ("lora", "pissa")
 
 
-@checked
+@register(paper="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation")
 def dora(
     *, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0, init: Annotated[str, OneOf(INITS)] = "lora"
 ) -> Method:

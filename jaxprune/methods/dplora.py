@@ -17,7 +17,7 @@ Where paper and released code differ, a setting chooses:
   pass for each of up to 500 samples at every event.
 - `norm="rms"` reads the norms of eq. 6 as the released code does; `"frobenius"` is the printed sqrt(|dA_l| |dB_l|) sqrt(c_l), in
   which a large site has more to say.
-- `rescale=True` keeps alpha as ranks fall, so that s = alpha / r grows (released code); it costs a compilation at every event.
+- `scaling="grow"` keeps alpha as ranks fall, so that s = alpha / r grows (released code); it costs a compilation at every event.
   By default s stays, and pruning changes nothing about the survivors.
 
 The paper's "recovery steps" are a lock-out: no event within so many steps after one. Events are evenly spaced, so it only has
@@ -42,11 +42,12 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, count
 from jaxprune.allocation import prune_problem, solve
-from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Share, checked
-from jaxprune.errors import UsageError
+from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Range, Share
+from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.methods.oplora import Budget, Ranks, Score, Seconds, Solver, TimeBudget, oplora
-from jaxprune.schedules import Schedule, bezier, event_steps
+from jaxprune.methods.oplora import oplora
+from jaxprune.methods.registry import register
+from jaxprune.schedules import BUDGETS, Schedule, budget_schedule, event_steps
 from jaxprune.scores import component_norms
 from jaxprune.sites import Site
 from jaxprune.surgery import Decision, trim
@@ -55,6 +56,7 @@ from jaxprune.surgery import Decision, trim
 Events = Annotated[int, Range(1, MOST_RANK)]
 IMPORTANCES = ("training", "samples")
 NORMS = ("rms", "frobenius")
+SCALINGS = ("constant", "grow")
 
 
 class DploraState(NamedTuple):
@@ -75,53 +77,50 @@ class DploraState(NamedTuple):
     start: jax.Array
 
 
-@checked
+@register(
+    paper="DPLoRA: a dual-pruning framework based on ILP optimization and progressive pruning",
+    aliases={"target": "prune_ratio", "schedule": "budget_schedule"},
+    first=oplora,
+)
 def dplora(
+    first: Method | None = None,
     *,
     total_steps: Count,
     target: Share = 0.6,
     events: Events | None = None,
     delay: Annotated[int, Range(0, MOST_STEPS)] = 0,
     recovery_steps: Annotated[int, Range(0, MOST_STEPS)] | None = None,
-    schedule: Schedule = bezier(),  # noqa: B008
+    schedule: Annotated[str, OneOf(tuple(BUDGETS))] | Schedule = "bezier",
     ema_decay: Share = 0.9,
     momentum: NotNegative = 0.1,
     stability: NotNegative = 0.05,
     importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
     norm: Annotated[str, OneOf(NORMS)] = "rms",
-    rescale: bool = False,
-    budget: Budget | None = None,
-    time_budget: TimeBudget | None = None,
-    score: Score = "absolute",
-    per_sample: bool | None = None,
-    ranks: Ranks = range(17),
-    solver: Solver = "auto",
-    time_limit: Seconds = 60.0,
-    alpha: Positive | None = None,
-    dropout: Share = 0.0,
+    scaling: Annotated[str, OneOf(SCALINGS)] = "constant",
 ) -> Method:
     """Choose ranks by a MILP before training, and lower them by further MILPs during it.
 
     Args:
+      first: the method that chooses the ranks and trains with them; None for `oplora()`. Its time budget, if it has one, holds
+        for the whole run, because ranks only fall.
       total_steps: optimiser steps of the whole run.
-      target: p, the share of the adapter parameters to prune by the last event.
-      events: N; None for 10, or as many as fit into a shorter run.
+      target: share of the adapter parameters to prune by the last event.
+      events: pruning events; None for 10, or as many as fit into a shorter run.
       delay: steps before pruning starts; the learning rate's warm-up in the paper.
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
-      schedule: share of the pruning done at progress t, from `jaxprune.schedules`.
-      ema_decay: beta, the weight of what was measured at earlier events; 0 for the latest measurement alone.
-      momentum: gamma, the price of a lost rank; 0 for none.
-      stability: delta, the reward for leaving a site as it is.
-      importance: `"training"` or `"samples"`, see above.
-      norm: `"rms"` or `"frobenius"`, see above.
-      rescale: keep alpha instead of s as ranks fall.
-      budget, time_budget, score, per_sample, ranks, solver, time_limit, alpha, dropout: as `oplora`. A time budget holds for
-        the whole run, because ranks only fall.
+      schedule: how the budget falls: `bezier`, `linear`, `early`, or a function from progress to the share of the pruning done.
+      ema_decay: weight of what was measured at earlier events; 0 for the latest measurement alone.
+      momentum: price of a lost rank; 0 for none.
+      stability: reward for leaving a site as it is.
+      importance: measure on the gradients of `training`, or on single `samples` at every event as the released code.
+      norm: how gradients are measured: `rms` as the released code does, or `frobenius` as eq. 6 is printed.
+      scaling: as ranks fall, `constant` keeps s, and `grow` keeps alpha, so that s grows.
 
     Raises:
-      UsageError: a setting is out of range, the events do not fit, or (by `start`) the types of sites cannot all keep a rank
-        within the last budget.
+      UsageError: a setting is out of range, the events do not fit, `first` does more than choose ranks, or (by `start`) the
+        types of sites cannot all keep a rank within the last budget.
     """
+    first, share, rescale = _begun(first), _share(schedule), scaling == "grow"
     if events is None:
         events = min(10, max(1, total_steps - delay - 1))
     steps = event_steps(events, total_steps, delay)
@@ -139,18 +138,13 @@ def dplora(
             f"the last pruning event comes after step {steps[-1]}, and nothing can be measured before step {earliest}; "
             f"train longer"
         )
-    first = oplora(
-        budget=budget, time_budget=time_budget, score=score, per_sample=per_sample, ranks=ranks, solver=solver,
-        time_limit=time_limit, alpha=alpha, dropout=dropout,
-    )  # fmt: skip
 
     def left(start: int, event: int) -> int:
-        return math.floor(start * (1 - target * schedule(event / events)))
+        return math.floor(start * (1 - target * share(event / events)))
 
     def start(context: Context) -> Start:
         begun = first.start(context)
-        smallest = min(rank for rank in (*ranks, MOST_RANK) if rank)
-        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters, context.sites, smallest)
+        last, least = left(count(begun.adapters, begun.masks), events), _least(begun.adapters, context.sites, 1)
         if last < least:
             raise UsageError(
                 f"pruning {target:.0%} would leave {last:,} adapter parameters, and a rank for each type of site takes "
@@ -196,10 +190,11 @@ def dplora(
         )
         report: dict[str, Any] = {"event": event, "budget": allowed}
         try:
+            ranks = range(max(current.values()) + 1)
             problem = prune_problem(
                 worth, sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
             )  # fmt: skip
-            plan = solve(problem, solver=solver, time_limit=time_limit)
+            plan = solve(problem)
         except UsageError as error:
             return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
         fewer = {path: rank for path, rank in plan.ranks.items() if rank < current[path]}
@@ -223,6 +218,26 @@ def dplora(
         compact=compact,
         name="dplora",
     )
+
+
+def _begun(first: Method | None) -> Method:
+    """Return the method that begins; one that does more than choose ranks is refused."""
+    first = oplora() if first is None else first
+    parts = {
+        "prunes by itself": first.decide, "changes adapters after the update": first.project, "has a view": first.view,
+        "has a penalty": first.penalty, "has probes": first.probes,
+    }  # fmt: skip
+    for what, part in parts.items():
+        if part is not None:
+            raise UsageError(
+                f"first {shown(first.name or 'method')} {what}, and DPLoRA continues only methods that do nothing after "
+                f"they have chosen their ranks; give oplora() or lora()"
+            )
+    return first
+
+
+def _share(schedule: str | Schedule) -> Schedule:
+    return budget_schedule(schedule) if isinstance(schedule, str) else schedule
 
 
 def gradient_importance(grads: Adapters, masks: Masks, norm: str = "rms") -> dict[str, jax.Array]:

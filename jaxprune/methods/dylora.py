@@ -19,12 +19,15 @@ import jax.numpy as jnp
 
 from jaxprune.adapters import Adapters, Masks, init_lora
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Positive, Rank, Share, checked
+from jaxprune.checks import Positive, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 
 
-@checked
+@register(
+    paper="Valipour et al. 2023, DyLoRA: Parameter-Efficient Tuning using Dynamic Search-Free Low-Rank Adaptation"
+)
 def dylora(*, rank: Rank = 8, frozen: bool = True, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Train one LoRA for all ranks up to `rank`.
 

@@ -43,10 +43,11 @@ import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks
 from jaxprune.adapters.base import key_for
-from jaxprune.checks import MOST_STEPS, Count, OneOf, Positive, Range, Rank, Seed, Share, checked
+from jaxprune.checks import MOST_STEPS, Count, OneOf, Positive, Range, Rank, Seed, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
+from jaxprune.methods.registry import register
 from jaxprune.schedules import Stage, cubic, stage_steps, thinned
 from jaxprune.scores import redundancy
 from jaxprune.scores.probe import GradientProbe
@@ -96,7 +97,7 @@ class G2R2State(NamedTuple):
     modules: jax.Array
 
 
-@checked
+@register(paper="Enhancing PEFT Efficiency by Adaptively Reducing Low-Rank Modules")
 def g2r2(
     *,
     rank: Rank = 8,
@@ -129,7 +130,7 @@ def g2r2(
       progressive: T_p, optimiser steps over which modules go; below 1 a fraction of `total_steps`.
       initial: p0, the fraction of modules kept when pruning begins.
       final: pf, the fraction kept at its end.
-      score: one of `REDUNDANCY_SCORES`, see above.
+      score: how redundancy is measured, see the top of this file.
       interval: steps from one measurement, and the pruning that may follow it, to the next; None for a twentieth of both stages,
         at most 10.
       beta1: decay of Rbar.
@@ -137,7 +138,7 @@ def g2r2(
       combine: Rhat is Rbar Ubar (`mul`), Rbar (`none`) or Rbar / Ubar (`div`).
       robust: smooth S before inverting it.
       abrupt: prune all at once, at the end of the progressive stage; for comparison.
-      seed: of the `random` score.
+      seed: of `score=random`.
 
     Raises:
       UsageError: a setting is out of range, the stages do not fit into the run, or nothing would be measured before the

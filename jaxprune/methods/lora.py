@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Positive, Rank, Share, checked
+from jaxprune.checks import Positive, Rank, Share
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 
 
-@checked
+@register(paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models")
 def lora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank.
 

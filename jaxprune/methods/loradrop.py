@@ -33,9 +33,10 @@ import numpy as np
 from jaxprune.adapters import Adapters, Lora, Masks, SharedLora, init_lora
 from jaxprune.adapters.base import Array, matmul
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share, checked
+from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 from jaxprune.schedules import Stage, stage_steps
 from jaxprune.sites import Site
 from jaxprune.surgery import Decision
@@ -44,7 +45,7 @@ from jaxprune.surgery.components import host
 PER = ("layer", "site")
 
 
-@checked
+@register(paper="Zhou et al. 2024, LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation")
 def loradrop(
     *,
     total_steps: Count | None = None,

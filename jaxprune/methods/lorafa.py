@@ -11,12 +11,13 @@ Source: "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
 from __future__ import annotations
 
 from jaxprune.adapters import to_lorafa
-from jaxprune.checks import Positive, Rank, Share, checked
+from jaxprune.checks import Positive, Rank, Share
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.lora import lora
+from jaxprune.methods.registry import register
 
 
-@checked
+@register(paper="Zhang et al. 2023, LoRA-FA: Memory-efficient Low-rank Adaptation")
 def lorafa(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank, and train B alone.
 

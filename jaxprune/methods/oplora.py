@@ -18,10 +18,11 @@ from typing import Annotated
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocation import SOLVERS, allocate
-from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share, checked
+from jaxprune.checks import MOST_RANK, HostOnly, OneOf, Positive, Range, Share
 from jaxprune.errors import UsageError
 from jaxprune.inputs import check_ranks
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import Components, register
 from jaxprune.scores import site_scores
 from jaxprune.scores.gradient import SCORES
 
@@ -33,7 +34,10 @@ Solver = Annotated[str, OneOf(SOLVERS, fold=True)]
 Seconds = Annotated[float, Range(above=0), HostOnly()]
 
 
-@checked
+@register(
+    paper="DPLoRA: a dual-pruning framework based on ILP optimization and progressive pruning, section 3.1",
+    components=Components(lambda rank: {"ranks": range(rank + 1)}, 16, "the most components that a site may get"),
+)
 def oplora(
     *,
     budget: Budget | None = None,
@@ -49,15 +53,16 @@ def oplora(
     """Choose each site's rank by a MILP, then train plain LoRA.
 
     Args:
-      budget: adapter parameters; None for half of uniform rank 16.
+      budget: the most adapter parameters that the plan may have; None for half of uniform rank 16.
       time_budget: longest predicted step time, relative to uniform rank 16 at every site; None for no limit.
-      score: one of `jaxprune.scores.SCORES`.
-      per_sample: take it of each sample's gradient and average, as eq. 1 says, on the context's `samples`; or of the gradient
-        of a batch's mean loss, on its `batches`, which costs one backward pass a batch and ranks sites nearly alike. None for
-        samples where the score is `squared`, as in the released code, and for batches otherwise. The plan's status says which.
-      ranks: candidate ranks.
-      solver: `auto`, `CBC`, `GLPK_MI`, `HIGHS` or `DP`.
-      time_limit: seconds the solver may take.
+      score: what sites are scored by before training, see `jaxprune.site_scores`.
+      per_sample: take the score of each sample's gradient and average, as eq. 1 says, on the context's `samples`; or of the
+        gradient of a batch's mean loss, on its `batches`, which costs one backward pass a batch and ranks sites nearly alike;
+        None for samples where the score is `squared`, as in the released code, and for batches otherwise. The plan's status
+        says which.
+      ranks: candidate ranks, 0 among them.
+      solver: what solves for the ranks; `auto` is the fastest that is installed.
+      time_limit: seconds the solver may take; then its best plan so far is used, and said to be so.
       alpha: numerator of s = alpha / r at each site; None for twice the rank, that is s = 2 everywhere.
       dropout: rate of the dropout on the adapters' inputs.
 

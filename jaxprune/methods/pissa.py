@@ -25,15 +25,20 @@ import jax.numpy as jnp
 from jaxprune.adapters import init_lora
 from jaxprune.adapters.base import key_for, place
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Positive, Range, Rank, Share, checked
+from jaxprune.checks import Positive, Range, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 from jaxprune.sites import flatten, layer_of, split, with_layers, with_leaves
 
 _OVERSAMPLE = 8
 
 
-@checked
+@register(
+    paper="Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation",
+    # The factors are what a kernel does most, and the 1e-3 of the others unlearns it.
+    defaults={"learning_rate": 2e-4},
+)
 def pissa(
     *,
     rank: Rank = 8,

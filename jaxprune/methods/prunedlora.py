@@ -41,10 +41,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Masks
-from jaxprune.checks import Count, OneOf, Positive, Rank, Share, checked
+from jaxprune.checks import Count, OneOf, Positive, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
+from jaxprune.methods.registry import Components, register
 from jaxprune.scores.probe import InputProbe, inverse_second_moment, second_moment
 from jaxprune.scores.surgeon import (
     COMPONENT_SCORES,
@@ -82,7 +83,16 @@ class PrunedLoraState(NamedTuple):
     count: jax.Array
 
 
-@checked
+@register(
+    paper="PrunedLoRA: Robust Gradient-Based Structured Pruning for Low-Rank Adaptation in Fine-Tuning",
+    # Half as many stay. The 128 of the paper is more than small models can have.
+    defaults={"rank": 16},
+    components=Components(
+        lambda rank: {"rank": rank, "target": max(1, rank // 2)},
+        128,
+        "components at each site at the start, and half as many in the end",
+    ),
+)
 def prunedlora(
     *,
     rank: Rank = 128,
@@ -112,13 +122,13 @@ def prunedlora(
       remove: K2, components each site loses at an event; None for 2, or as many as a short run needs.
       start_step: the first event comes after this many optimiser steps, at least K1; None for K1, but no sooner than 2.
       total_steps: optimiser steps of the whole run; where given, the events must fit.
-      score: one of `PRUNED_SCORES`, see above; the next four settings are for `obs` alone.
+      score: what decides which components go, see the top of this file; the next four settings are for `obs` alone.
       curvature: `fisher`, the average over steps of g g^T / d (the default); `gtg`, the same of one step, as a sum over d;
         `act`, E[z^T z] of z = x A, for B alone.
       first_order: whether the score has the term H^-1 g (default: no).
       compensate: the factor whose survivors are adjusted: `B` (the default), `A` or `none`.
       damping: what is added to H, as a fraction of its mean diagonal (default 1e-2).
-      decay: of the average over steps.
+      decay: weight of earlier steps in the average over steps.
 
     Raises:
       UsageError: a setting is out of range or not one that the score has, or the events do not fit into the run.

@@ -6,11 +6,12 @@ import math
 
 from jaxprune.adapters import init_lora
 from jaxprune.allocation import uniform_plan
-from jaxprune.checks import Positive, Rank, Share, checked
+from jaxprune.checks import Positive, Rank, Share
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 
 
-@checked
+@register(paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA")
 def rslora(*, rank: Rank = 8, alpha: Positive | None = None, dropout: Share = 0.0) -> Method:
     """Give every site the same rank, and the scale s = alpha / sqrt(rank).
 

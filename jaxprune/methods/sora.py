@@ -29,13 +29,14 @@ from jaxprune.adapters import init_gated
 from jaxprune.allocation import uniform_plan
 from jaxprune.checks import MOST_STEPS, Count, NotNegative, OneOf, Positive, Range, Rank, Share, checked
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 from jaxprune.surgery import Decision
 from jaxprune.surgery.components import host
 
 PROX = ("soft", "released")
 
 
-@checked
+@register(paper="Ding et al. 2023, Sparse Low-rank Adaptation of Pre-trained Language Models")
 def sora(
     *,
     total_steps: Count,
@@ -54,7 +55,7 @@ def sora(
       penalty: l1, weight of mean |g|.
       threshold: l2, a number or a function of the step (1, 2, ...) such as `thresholds` makes; None for 0.5 / total_steps, which
         shrinks every gate by 0.5 in all, however long the run is (the released code's 1e-3 does so in 500 steps).
-      prox: `soft` or `released`, see above.
+      prox: `soft`, the proximal step, or `released`, that of the released code.
       alpha: numerator of s = alpha / rank; None for s = 2.
       dropout: rate of the dropout on the adapters' inputs.
 

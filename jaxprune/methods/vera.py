@@ -15,11 +15,16 @@ Source: "VeRA: Vector-based Random Matrix Adaptation".
 from __future__ import annotations
 
 from jaxprune.adapters import init_vera, share_pair
-from jaxprune.checks import Positive, Rank, Share, checked
+from jaxprune.checks import Positive, Rank, Share
 from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.registry import register
 
 
-@checked
+@register(
+    paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation",
+    # As its two vectors are small.
+    defaults={"learning_rate": 1e-2},
+)
 def vera(*, rank: Rank = 256, d_initial: Positive = 0.1, dropout: Share = 0.0) -> Method:
     """Train the two vectors of every site.
 

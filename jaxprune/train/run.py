@@ -85,9 +85,7 @@ def training(
         first, second = jax.random.split(key)
         context = Context(first, params, sites, forward, loss_fn, batches, samples)
         made = method.start(context)
-        state = init_state(
-            second, made.adapters, made.masks, optimizer, method, weights={**made.weights, **weights}
-        )
+        state = init_state(second, made.adapters, made.masks, optimizer, method, weights={**made.weights, **weights})
         begun[:] = [context._replace(params=made.params)]
         return state, made.params, made.plan
 

@@ -130,7 +130,7 @@ def test_rank_pruning_works_and_compaction_changes_nothing(form):
 
 
 def test_dplora_prunes_dora():
-    world = begin(jp.with_dora(jp.dplora(total_steps=12, events=2, target=0.5, ranks=range(5), solver="DP")))
+    world = begin(jp.with_dora(jp.dplora(jp.oplora(ranks=range(5), solver="DP"), total_steps=12, events=2, target=0.5)))
     state = world.state
     counts = [jp.count(state.adapters, state.masks)]
     for _ in range(12):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.bench_allocate import instance, llama_3_8b, roberta_base
+from experiments.bench.allocate import instance, llama_3_8b, roberta_base
 from jaxprune.allocation import (
     SOLVERS,
     Problem,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import bench
+from experiments.bench import __main__ as bench
 from jaxprune import UsageError
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from experiments.bench_allocate import instance, llama_3_8b, roberta_base
+from experiments.bench.allocate import instance, llama_3_8b, roberta_base
 from jaxprune.allocation import (
     TimeModel,
     allocate,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from experiments.build import check_sites, method_settings
-from experiments.cli import parse
-from experiments.config import GlueConfig, total_steps
+from experiments.run.build import check_sites, method_settings
+from experiments.run.cli import parse
+from experiments.run.config import GlueConfig, total_steps
 from jaxprune import Site, UsageError
 from jaxprune.models import EncoderConfig
 from tests.experiments.refusals import assert_refused, command
@@ -289,7 +289,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 def test_a_missing_solver_says_how_to_get_it(run_flags, tmp_path, monkeypatch):
     import sys
 
-    from experiments.finetune import run
+    from experiments.run.loop import run
 
     monkeypatch.setattr(sys.modules["jaxprune.allocation.solve"], "installed", lambda: ("HIGHS",))
     with pytest.raises(UsageError, match=r"solver CBC is not installed; `pip install cylp`"):
@@ -298,6 +298,6 @@ def test_a_missing_solver_says_how_to_get_it(run_flags, tmp_path, monkeypatch):
 
 
 def test_tensorboard_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("experiments.config.find_spec", lambda name: None)
+    monkeypatch.setattr("experiments.run.config.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--tensorboard needs tensorboardX.*pip install"):
         GlueConfig(tensorboard=True).resolve()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import bench
+from experiments.bench import __main__ as bench
 from jaxprune import UsageError
 
 

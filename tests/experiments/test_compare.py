@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import comparison as compare
+from experiments.run import comparison as compare
 from jaxprune import UsageError
 from tests.experiments.refusals import assert_refused
 

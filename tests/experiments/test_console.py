@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from experiments.console import Waits, laid_out
-from experiments.device import device, idle_accelerator
+from experiments.run.console import Waits, laid_out
+from experiments.run.device import device, idle_accelerator
 from jaxprune.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def test_lines_fit_a_terminal_and_stay_whole_in_a_file():
 
 def test_a_wait_is_said_once_unless_it_is_long(capsys, monkeypatch):
     now = iter([0.0, 1.0, 10.0, 13.0, 20.0, 20.1, 30.0, 30.1])
-    monkeypatch.setattr("experiments.console.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("experiments.run.console.time.perf_counter", lambda: next(now))
     waits, said = Waits(), []
     for _ in range(4):
         with waits.announced("pruning", "now"):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.data import load_task
+from experiments.data import rows as data
+from experiments.data.rows import load_task
 from jaxprune.errors import UsageError
 
 TRAIN = [

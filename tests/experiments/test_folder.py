@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.folder import LOCK, MARKER, Folder
+from experiments.run.folder import LOCK, MARKER, Folder
 from jaxprune import UsageError
 from tests.experiments.refusals import FORKS, assert_refused, command
 

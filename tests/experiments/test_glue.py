@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from experiments import metrics, recording
-from experiments.build import make_method, make_schedule
-from experiments.cli import parse
-from experiments.config import STAGED, GlueConfig
-from experiments.data import load_task
-from experiments.finetune import predict, run
-from experiments.packing import Batches
+from experiments.data.packing import Batches
+from experiments.data.rows import load_task
+from experiments.data.tokens import encode
 from experiments.presets import PRESETS
-from experiments.tokens import encode
+from experiments.run import record as recording
+from experiments.run.build import make_method, make_schedule
+from experiments.run.cli import parse
+from experiments.run.config import STAGED, GlueConfig
+from experiments.run.loop import predict, run
+from experiments.tasks import metrics
 from jaxprune import attach, find_sites, load_peft, load_run
 from jaxprune.models import EncoderConfig, load_classifier
 from tests.models import tiny

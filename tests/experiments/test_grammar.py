@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.grammar import PHENOMENA, VOCABULARY, generate, inflections, pairs
+from experiments.data.grammar import PHENOMENA, VOCABULARY, generate, inflections, pairs
 from jaxprune.errors import UsageError
 
 

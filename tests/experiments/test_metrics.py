@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from experiments.metrics import compute
-from experiments.tasks import TASKS
+from experiments.tasks.classification import TASKS
+from experiments.tasks.metrics import compute
 from jaxprune.errors import UsageError
 
 PREDICTED = np.array([1, 1, 1, 1, 0, 0, 0, 1, 0, 1])

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.data import load_task
-from experiments.packing import Batches, _cover, deal, evaluation_batches, single_example_batches
-from experiments.tasks import TASKS
-from experiments.tokens import Encoded, encode
+from experiments.data.packing import Batches, _cover, deal, evaluation_batches, single_example_batches
+from experiments.data.rows import load_task
+from experiments.data.tokens import Encoded, encode
+from experiments.tasks.classification import TASKS
 from jaxprune.errors import UsageError
 
 KEYS = {"input_ids", "segment_ids", "position_ids", "token_type_ids", "first_tokens", "labels", "weights"}

@@ -8,11 +8,11 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments.data import load_task
-from experiments.finetune import make_loss
-from experiments.packing import Batches
-from experiments.tasks import get_task
-from experiments.tokens import encode
+from experiments.data.packing import Batches
+from experiments.data.rows import load_task
+from experiments.data.tokens import encode
+from experiments.run.loop import make_loss
+from experiments.tasks.classification import get_task
 from jaxprune.models import SequenceClassifier, load_classifier
 
 STEPS = 15

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_resume
-from experiments.bench_resume import ResumeConfig, kill_and_resume
-from experiments.config import GlueConfig
-from experiments.finetune import run
+from experiments.bench import resume as bench_resume
+from experiments.bench.resume import ResumeConfig, kill_and_resume
+from experiments.run.config import GlueConfig
+from experiments.run.loop import run
 from jaxprune.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import yaml
 
-from experiments.cli import parse
-from experiments.comparison import CompareConfig
-from experiments.config import GlueConfig
-from experiments.settings_file import written
+from experiments.run.cli import parse
+from experiments.run.comparison import CompareConfig
+from experiments.run.config import GlueConfig
+from experiments.run.settings_file import written
 from jaxprune.errors import UsageError
 from tests.experiments.refusals import assert_refused
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import tokens
-from experiments.data import Rows, load_task
-from experiments.tasks import TASKS
-from experiments.tokens import check_ids, encode
+from experiments.data import tokens
+from experiments.data.rows import Rows, load_task
+from experiments.data.tokens import check_ids, encode
+from experiments.tasks.classification import TASKS
 from jaxprune.errors import UsageError
 from jaxprune.models import EncoderConfig
 

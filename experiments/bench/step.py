@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.cli import parse
-from experiments.config import DEFAULTS, GlueConfig
-from experiments.stopping import before_end
+from experiments.run.cli import parse
+from experiments.run.config import DEFAULTS, GlueConfig
+from experiments.run.stopping import before_end
 from jaxprune.errors import UsageError
 
 # vocabulary, width, layers, heads, MLP width
@@ -139,7 +139,7 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
     import optax
 
     import jaxprune as jp
-    from experiments.build import make_method
+    from experiments.run.build import make_method
 
     # Of so long a run only the beginning is seen: nothing is pruned yet.
     method, optimizer = make_method(config, 10_000, world.encoder), optax.adamw(1e-3)
@@ -170,11 +170,12 @@ def peer_step(config: StepConfig) -> Iterator[Callable[[], float]]:
         intermediate_size=mlp, batch=config.batch, length=config.length,
         rank=DEFAULTS["rank"] if config.rank is None else config.rank,
     )  # fmt: skip
-    script = Path(__file__).with_name("peer_step.py")
+    # By its text: run as a file, the names of its neighbours would stand before those of installed packages.
+    script = Path(__file__).with_name("_peer_step.py").read_text()
     assert config.peer_python
     try:
         process = subprocess.Popen(
-            [config.peer_python, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [config.peer_python, "-c", script, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.cli import parse
+from experiments.run.cli import parse
 
 KERNELS = {
     "q_proj": (4096, 4096),

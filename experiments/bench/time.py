@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.bench_step import Setting, setting
-from experiments.cli import parse
+from experiments.bench.step import Setting, setting
+from experiments.run.cli import parse
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,11 @@ def dplora_phases(config: TimeConfig, world: Setting, time_budget: float | None)
 
     total = 2 * (config.events + 1)
     method = jp.dplora(
-        total_steps=total, events=config.events, target=config.prune_ratio, recovery_steps=0, time_budget=time_budget
+        jp.oplora(time_budget=time_budget),
+        total_steps=total,
+        events=config.events,
+        target=config.prune_ratio,
+        recovery_steps=0,
     )
     context = jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
     start = method.start(context)

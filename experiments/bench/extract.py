@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.cli import parse
+from experiments.run.cli import parse
 from jaxprune.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import Rows
+from experiments.data.rows import Rows
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models import EncoderConfig
 

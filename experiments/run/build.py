@@ -9,8 +9,8 @@ from typing import Any
 
 import optax
 
-from experiments.config import USES, GlueConfig
-from experiments.settings import further, kinds
+from experiments.run.config import USES, GlueConfig
+from experiments.run.settings import further, kinds
 from jaxprune import methods, schedules
 from jaxprune.errors import UsageError
 from jaxprune.methods import Method

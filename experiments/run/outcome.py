@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.card import card
-from experiments.config import GlueConfig
-from experiments.console import say
-from experiments.device import device
-from experiments.folder import Folder
-from experiments.pruning import Pruner, final_ranks
-from experiments.recording import MADE, Clock, Recorder, trained, versions
-from experiments.tasks import Task
+from experiments.run.card import card
+from experiments.run.clock import Clock
+from experiments.run.config import GlueConfig
+from experiments.run.console import say
+from experiments.run.device import device
+from experiments.run.events import Pruner, final_ranks
+from experiments.run.folder import Folder
+from experiments.run.record import MADE, Recorder, trained, versions
+from experiments.tasks.classification import Task
 from jaxprune import report
 from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, Weight, merge
 from jaxprune.methods import Method

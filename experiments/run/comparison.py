@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
 
 import numpy as np
 
-from experiments.cli import parse, parse_known
-from experiments.config import Folder as GivenFolder
-from experiments.config import GlueConfig
-from experiments.console import say
-from experiments.data import find_files
-from experiments.folder import Folder
-from experiments.stopping import Stop, Stopped, before_end
-from experiments.tasks import get_task
+from experiments.data.rows import find_files
+from experiments.run.cli import parse, parse_known
+from experiments.run.config import Folder as GivenFolder
+from experiments.run.config import GlueConfig
+from experiments.run.console import say
+from experiments.run.folder import Folder
+from experiments.run.stopping import Stop, Stopped, before_end
+from experiments.tasks.classification import get_task
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole
 from jaxprune.models.hub import resolve

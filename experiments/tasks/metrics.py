@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.tasks import Task, get_task
+from experiments.tasks.classification import Task, get_task
 from jaxprune.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from experiments.recording import Clock
+from experiments.run.clock import Clock
 from jaxprune.adapters import Masks, count
 from jaxprune.allocation import step_time
 from jaxprune.methods import Context, Method

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import jax
 
-from experiments import settings_file
-from experiments.stopping import Stopped
+from experiments.run import settings_file
+from experiments.run.stopping import Stopped
 from jaxprune.errors import UsageError, shown
 from jaxprune.train import NonFiniteError
 

@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from experiments.presets import preset
-from experiments.settings import check_once, further
+from experiments.run.settings import check_once, further
 from jaxprune.allocation import SOLVERS
 from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check
 from jaxprune.errors import UsageError, shown
@@ -267,7 +267,7 @@ class GlueConfig:
         """
         if self.config is not None:
             raise UsageError(
-                f"config {shown(str(self.config))} is for the command line; experiments.cli.parse reads it"
+                f"config {shown(str(self.config))} is for the command line; experiments.run.cli.parse reads it"
             )
         for name, kind in _kinds().items():
             _check_flag(name, getattr(self, name), kind)

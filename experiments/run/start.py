@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 
-from experiments.stopping import hold, install
+from experiments.run.stopping import hold, install
 
 # One arena, as only the main one can keep large blocks; no block of its own mapping; nothing trimmed; huge pages.
 _TUNABLES = (
@@ -42,7 +42,7 @@ def start(program: str, target: str) -> None:
     if waiting := sys.stderr.isatty():
         sys.stderr.write("importing the libraries ...")
         sys.stderr.flush()
-    from experiments.cli import main
+    from experiments.run.cli import main
 
     def run(arguments: list[str]) -> None:
         module, _, name = target.partition(":")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.data import Rows
+from experiments.data.rows import Rows
 from jaxprune.errors import UsageError
 
 # Open classes: words of the training split; words of the validation split.

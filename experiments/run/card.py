@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.config import GlueConfig
-from experiments.tasks import Task
+from experiments.run.config import GlueConfig
+from experiments.tasks.classification import Task
 
 
 def card(config: GlueConfig, task: Task, metrics: Mapping[str, float], *, library: str | None) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks import Task, get_task
+from experiments.tasks.classification import Task, get_task
 from jaxprune.errors import UsageError, clipped, reason, shown
 
 _FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
@@ -75,7 +75,7 @@ def load_task(
             raise UsageError(f"{name} is {value}; expected at least 1")
     files = find_files(task, data_dir)
     if task.hub is None:
-        from experiments.grammar import generate
+        from experiments.data.grammar import generate
 
         splits = generate()
     elif files is None:

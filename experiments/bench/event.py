@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.bench_allocate import llama_3_8b, roberta_base
-from experiments.cli import parse
+from experiments.bench.allocate import llama_3_8b, roberta_base
+from experiments.run.cli import parse
 from jaxprune.errors import UsageError
 
 SHAPES = {"roberta-base": roberta_base, "llama-3-8b": llama_3_8b}
@@ -32,8 +32,6 @@ class EventConfig:
     """events of a run; the first compiles, the others are timed"""
     ratio: float = 0.6
     """share of the adapter parameters to prune"""
-    solver: str = "auto"
-    """auto, CBC, GLPK_MI, HIGHS or DP"""
 
 
 def main(arguments: list[str]) -> None:
@@ -49,10 +47,7 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--events {config.events} is out of range; expected 2 or more, of which the first compiles")
     for shape in config.shapes:
         sites = SHAPES[shape]()
-        method = jp.dplora(
-            total_steps=config.events + 1, events=config.events, recovery_steps=0, target=config.ratio,
-            ranks=range(config.rank + 1), solver=config.solver,
-        )  # fmt: skip
+        method = jp.dplora(total_steps=config.events + 1, events=config.events, recovery_steps=0, target=config.ratio)
         adapters, masks = jp.init_lora(jax.random.key(0), sites, {site.path: config.rank for site in sites})
         optimizer = optax.adamw(1e-4)
         state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, method, sites)

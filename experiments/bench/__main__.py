@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m experiments.bench NAME ...` runs `main(arguments)` of the module `experiments/bench_NAME.py`."""
+"""Benchmarks: `python -m experiments.bench NAME ...` runs `main(arguments)` of the module `experiments/bench/NAME.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.start import start
+from experiments.run.start import start
 
 PROGRAM = "experiments.bench"
 
@@ -17,14 +17,14 @@ def run(arguments: Sequence[str]) -> None:
     from jaxprune.errors import UsageError, nearest  # here, as importing jaxprune takes a second
 
     name, *rest = arguments or ["--help"]
-    known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     if name in ("-h", "--help"):
         print(f"usage: python -m {PROGRAM} {{{','.join(known)}}} ...")
         sys.exit(0)
     if name not in known:
         raise UsageError(f"benchmark {name!r} is not known; nearest names: {nearest(name, known)}")
-    importlib.import_module(f"experiments.bench_{name}").main(rest)
+    importlib.import_module(f"experiments.bench.{name}").main(rest)
 
 
 if __name__ == "__main__":
-    start(PROGRAM, "experiments.bench:run")
+    start(PROGRAM, "experiments.bench.__main__:run")

@@ -18,22 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import settings_file
-from experiments.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
-from experiments.cli import parse
-from experiments.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
-from experiments.console import Waits, say
-from experiments.data import load_task
-from experiments.device import device, idle_accelerator
-from experiments.folder import Folder
-from experiments.outcome import Finished, write
-from experiments.packing import Batches, evaluation_batches, single_example_batches
-from experiments.pruning import Pruner
-from experiments.recording import MADE, Clock, Recorder, rewind, trained
-from experiments.settings import further
-from experiments.stopping import Stop, Stopped
-from experiments.tasks import Task, get_task
-from experiments.tokens import check_ids, encode
+from experiments.data.packing import Batches, evaluation_batches, single_example_batches
+from experiments.data.rows import load_task
+from experiments.data.tokens import check_ids, encode
+from experiments.run import settings_file
+from experiments.run.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
+from experiments.run.cli import parse
+from experiments.run.clock import Clock
+from experiments.run.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
+from experiments.run.console import Waits, say
+from experiments.run.device import device, idle_accelerator
+from experiments.run.events import Pruner
+from experiments.run.folder import Folder
+from experiments.run.outcome import Finished, write
+from experiments.run.record import MADE, Recorder, rewind, trained
+from experiments.run.settings import further
+from experiments.run.stopping import Stop, Stopped
+from experiments.tasks.classification import Task, get_task
 from jaxprune import methods, report
 from jaxprune.adapters import init_weights
 from jaxprune.allocation import Plan

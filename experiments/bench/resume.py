@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import stopping
-from experiments.cli import parse, parse_known
-from experiments.stopping import temporary_folder
+from experiments.run import stopping
+from experiments.run.cli import parse, parse_known
+from experiments.run.stopping import temporary_folder
 from jaxprune.errors import UsageError
 
 DEFAULT = "--method dplora --max-train-samples 480 --epochs 4 --events 6 --prune-ratio 0.8"
@@ -95,7 +95,7 @@ def _life(config: ResumeConfig, flags: Sequence[str], folder: Path, place: str, 
     """Run until the end or the kill; return whether it was killed."""
     whole = [*flags, "--compact", "always", "--save-steps", str(config.save_steps), "--output-dir",
              str(folder), "--resume"]  # fmt: skip
-    code = "import sys; from experiments.bench_resume import live; live(sys.argv[1], int(sys.argv[2]), sys.argv[3:])"
+    code = "import sys; from experiments.bench.resume import live; live(sys.argv[1], int(sys.argv[2]), sys.argv[3:])"
     process = stopping.run(
         [sys.executable, "-c", code, place, str(count), *whole], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -120,8 +120,8 @@ def live(place: str, count: int, arguments: list[str]) -> None:
         threading.Timer(count / 1000, die).start()
 
     import jaxprune.train.events
-    from experiments import finetune
-    from experiments.config import GlueConfig
+    from experiments.run import loop
+    from experiments.run.config import GlueConfig
     from jaxprune.checkpoint import Checkpoints
 
     def around(function: Any, here: str, *, after: bool, delay: float = 0.0) -> Any:
@@ -137,11 +137,11 @@ def live(place: str, count: int, arguments: list[str]) -> None:
         return wrapped
 
     jaxprune.train.events.apply = around(jaxprune.train.events.apply, "event", after=True)
-    finetune.Pruner.after = around(finetune.Pruner.after, "after event", after=True)
+    loop.Pruner.after = around(loop.Pruner.after, "after event", after=True)
     # The checkpoint is written in the background from here on; most take some hundredths of a second.
     Checkpoints.save = around(Checkpoints.save, "save", after=True, delay=1e-4 + 0.03 * (count % 4))
-    finetune.Recorder.log = around(finetune.Recorder.log, "step", after=False)
-    finetune.run(parse(GlueConfig, arguments, "experiments.glue"))
+    loop.Recorder.log = around(loop.Recorder.log, "step", after=False)
+    loop.run(parse(GlueConfig, arguments, "experiments.glue"))
     os._exit(0)  # a timer may still be waiting
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.console import say
+from experiments.run.console import say
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_json
 

@@ -20,7 +20,7 @@ from itertools import islice
 
 import numpy as np
 
-from experiments.tokens import Encoded
+from experiments.data.tokens import Encoded
 from jaxprune.errors import UsageError
 
 Batch = dict[str, np.ndarray]
