@@ -1,6 +1,7 @@
 """Sites and targets."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 

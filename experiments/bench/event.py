@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> None:
         method = jp.dplora(total_steps=config.events + 1, events=config.events, recovery_steps=0, target=config.ratio)
         adapters, masks = jp.init_lora(jax.random.key(0), sites, {site.path: config.rank for site in sites})
         optimizer = optax.adamw(1e-4)
-        state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, method, sites)
+        context = jp.Context(jax.random.key(0), {}, sites, lambda *_: None, lambda *_: None)
+        state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, method)
         size = np.random.default_rng(0).lognormal(0, 1, len(sites))
         grads = {
             path: jax.tree.map(lambda leaf, s=s: jnp.float32(s) * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), x)
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
             own = observe(state.method_state, state.adapters, state.masks, grads, jnp.int32(number), None)
             state = jax.block_until_ready(state._replace(step=jnp.int32(number), method_state=own))
             start = time.perf_counter()
-            state, decision = jp.prune(state, method, optimizer)
+            state, decision = jp.prune(state, method, optimizer, context)
             jax.block_until_ready((state.adapters, state.opt_state, state.masks))
             if decision is None:
                 continue

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     method = jp.uniformmask(total_steps=1, stage=1.0, ratio=config.ratio, heads=whole.num_heads)
     start = method.start(context)
     assert method.decide
-    adapters = {**start.adapters, **method.decide((), start.adapters, start.masks, 1, None)[1].adapters}
+    adapters = {**start.adapters, **method.decide((), start.adapters, start.masks, 1, context)[1].adapters}
     small = jp.extract(whole, params, adapters, start.masks)
     ids = np.random.default_rng(0).integers(1, whole.vocab_size, (config.batch, config.length), np.int32)
     apply = {

@@ -147,9 +147,9 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
         jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
     )
     params = start.params
-    adapters = {**jp.init_weights(params, "^head/"), **start.adapters}
     step = jp.make_step(world.forward, world.loss_fn, optimizer, method)
-    state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method, world.sites)
+    weights = {**start.weights, **jp.init_weights(params, "^head/")}
+    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method, weights=weights)
 
     def run() -> float:
         nonlocal state

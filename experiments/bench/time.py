@@ -107,13 +107,13 @@ def dplora_phases(config: TimeConfig, world: Setting, time_budget: float | None)
     context = jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
     start = method.start(context)
     optimizer = optax.adamw(1e-3)
-    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method, world.sites)
+    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(world.forward, world.loss_fn, optimizer, method)
     assert start.plan
     phases, since, ranks = [], 0, dict(start.plan.ranks)
     for number in range(1, total + 1):
         state, _ = step(world.params, state, world.batch)
-        state, decision = jp.prune(state, method, optimizer)
+        state, decision = jp.prune(state, method, optimizer, context)
         if decision or number == total:
             phases.append(((number - since) / total, ranks))
             alive = live(state.masks)

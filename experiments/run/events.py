@@ -96,7 +96,7 @@ class Pruner:
 
 
 def _params(state: TrainState) -> int:
-    return count({path: adapter for path, adapter in state.adapters.items() if path in state.masks}, state.masks)
+    return count(state.adapters, state.masks)
 
 
 def _time(ranks: Mapping[str, int], sites: Sequence[Site]) -> float:

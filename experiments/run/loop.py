@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,12 +134,12 @@ def _run(
         say("planning", _planning(config, sites, data))
         with clock.timing("allocate"):
             start = method.start(context)
-        adapters = with_head(dict(start.adapters), model.params, config.train_head)
-        state = init_state(head_key, adapters, start.masks, optimizer, method, sites)
+        weights = with_head(start.weights, model.params, config.train_head)
+        state = init_state(head_key, start.adapters, start.masks, optimizer, method, weights=weights)
         ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
         kept = {
             "config": config.plain(), "ranks": ranks, "plan": _said(start.plan), "events": [],
-            "adapter_params": trained(adapters, start.masks),
+            "adapter_params": trained(state),
             "changes_params": start.params is not model.params,
         }  # fmt: skip
         params, initial = _changed(start, model)
@@ -153,13 +153,13 @@ def _run(
         if kept["changes_params"]:
             say("planning", _planning(config, sites, data))
         params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
-        state = checkpoints.restore(optimizer, method, sites)
+        state = checkpoints.restore(optimizer, method)
         folder.begin(clear=False)
         rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
         say("resumed", f"after step {int(state.step)} of {steps}, from {checkpoints.folder}")
     write_whole(folder.own("config.yaml"), settings)
-    head_params = trained(state.adapters, state.masks, head=True)
+    head_params = trained(state, head=True)
     say("trained", f"{kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
 
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
@@ -330,12 +330,12 @@ def make_loss(task: Task) -> Any:
     return loss_fn
 
 
-def with_head(adapters: dict[str, Any], params: Any, train: bool) -> dict[str, Any]:
-    """Add the task head to what is trained, or keep it out."""
+def with_head(weights: Mapping[str, Any], params: Any, train: bool) -> dict[str, Any]:
+    """Add the task head to the weights that are trained, or keep it out."""
     head = init_weights(params, HEAD)
     if train:
-        return {**adapters, **head}
-    return {path: adapter for path, adapter in adapters.items() if path not in head}
+        return {**weights, **head}
+    return {path: weight for path, weight in weights.items() if path not in head}
 
 
 def use_compilation_cache() -> None:

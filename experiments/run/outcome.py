@@ -18,7 +18,7 @@ from experiments.run.folder import Folder
 from experiments.run.record import MADE, Recorder, trained, versions
 from experiments.tasks.classification import Task
 from jaxprune import report
-from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, Weight, merge
+from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, merge, with_weights
 from jaxprune.methods import Method
 from jaxprune.models import EncoderConfig, Pretrained, save_classifier
 from jaxprune.models.save import tokenizer_files
@@ -72,8 +72,7 @@ def write(run: Finished) -> dict[str, Any]:
     summary = {
         "method": run.config.method, "model": run.config.model, "task": run.task.name, "seed": run.config.seed,
         "metric": run.task.metric, "score": run.recorder.last[run.task.metric], "best_score": run.recorder.best,
-        "metrics": run.recorder.last, "adapter_params": trained(run.state.adapters, run.state.masks),
-        "head_params": trained(run.state.adapters, run.state.masks, head=True),
+        "metrics": run.recorder.last, "adapter_params": trained(run.state), "head_params": trained(run.state, head=True),
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
         "steps": int(run.state.step), "events": events, "device": device(),
@@ -101,30 +100,28 @@ def write(run: Finished) -> dict[str, Any]:
 def _save(run: Finished) -> Saved:
     """Save what was trained: as PEFT's LoRA where it is one, else merged into a checkpoint, else in a format of our own."""
     folder, model = run.folder, run.model
-    adapters, masks = run.method.seen(run.state.adapters, run.state.masks)
+    adapters, masks = run.method.seen(run.state.method_state, run.state.adapters, run.state.masks)
     # What the checkpoint lacked was drawn at random: no one could load it again.
     leaves = flatten(model.params)
-    drawn = {path: Weight(leaves[path]) for path in model.initialised}
-    adapters = {**drawn, **adapters}
-    at_sites = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, Weight)}
-    if any(isinstance(adapter, MaskedDora) for adapter in at_sites.values()):
-        small = extract(model.config, model.params, adapters, masks)
-        params = merge(small.params, small.adapters, masks)
+    weights = {**{path: leaves[path] for path in model.initialised}, **run.state.weights}
+    if any(isinstance(adapter, MaskedDora) for adapter in adapters.values()):
+        small = extract(model.config, model.params, adapters, masks, weights=weights)
+        params = merge(with_weights(small.params, small.weights), small.adapters, masks)
         _save_model(run, small.config, params, None)
         before, after = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model.params, params))
         sizes = {"model_params_at_start": before, "model_params": after}
         return Saved("model", "it is the smaller model, without the masked channels: give it to --model", sizes)
-    if not at_sites:
-        _save_model(run, model.config, merge(model.params, adapters, masks), "transformers")
+    if not adapters:
+        _save_model(run, model.config, with_weights(model.params, weights), "transformers")
         return Saved("model", "give it to --model or to AutoModelForSequenceClassification.from_pretrained")
     tokenizer = {path.name: path.read_bytes() for path in tokenizer_files(model.folder)}
-    if any(isinstance(adapter, Bottleneck) for adapter in at_sites.values()):
+    if any(isinstance(adapter, Bottleneck) for adapter in adapters.values()):
         beside = {**tokenizer, **_about(run, run.config.model, None)}
-        save_adapters(adapters, masks, folder.own("adapter"), beside=beside)
+        save_adapters(adapters, masks, folder.own("adapter"), weights=weights, beside=beside)
         folder.complete("adapter")
         return Saved("adapter", "PEFT has no format for it; jp.load_adapters reads it")
     save_peft(
-        adapters, masks, folder.own("adapter"), torch_paths=model.torch_paths, params=model.params,
+        adapters, masks, folder.own("adapter"), weights=weights, torch_paths=model.torch_paths, params=model.params,
         base_model=run.config.model, initial=run.initial, beside={**tokenizer, **_about(run, run.config.model, "peft")},
     )  # fmt: skip
     folder.complete("adapter")

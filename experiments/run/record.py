@@ -20,7 +20,7 @@ from experiments.run.folder import Folder
 from experiments.tasks.classification import Task
 from experiments.tasks.metrics import compute
 from jaxprune import report
-from jaxprune.adapters import Adapters, Masks, count
+from jaxprune.adapters import count, with_weights
 from jaxprune.files import write_whole
 from jaxprune.methods import Method
 from jaxprune.train import NonFiniteError, TrainState
@@ -69,9 +69,10 @@ class Recorder:
     def evaluate(self, number: int, state: TrainState) -> str:
         """Evaluate every validation split, write a line each, and return what there is to say of it."""
         with self._clock.timing("eval"):
-            adapters, masks = self._method.seen(state.adapters, state.masks)
+            adapters, masks = self._method.seen(state.method_state, state.adapters, state.masks)
+            params = with_weights(self._params, state.weights)
             for split, batches in self._validation.items():
-                outputs = [self._predict(self._params, adapters, masks, batch) for batch in batches.all()]
+                outputs = [self._predict(params, adapters, masks, batch) for batch in batches.all()]
                 logits = batches.restore(jax.device_get(outputs))
                 if not np.isfinite(logits).all():
                     raise NonFiniteError(
@@ -85,7 +86,7 @@ class Recorder:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
         score = self.last[self._task.metric]
         self.best = max(self.best, score)
-        parameters = trained(state.adapters, state.masks)
+        parameters = trained(state)
         return f"{self._task.metric} {score:.2f} (best {self.best:.2f}), {parameters:,} adapter parameters"
 
     def loss_so_far(self) -> str:
@@ -118,9 +119,10 @@ class Recorder:
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
 
 
-def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
-    """Count the trained parameters of the adapters, or those of the head."""
-    return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
+def trained(state: TrainState, *, head: bool = False) -> int:
+    """Count the trained parameters outside the head, or those of the head."""
+    weights = sum(leaf.size for path, leaf in state.weights.items() if path.startswith("head/") == head)
+    return weights if head else weights + count(state.adapters, state.masks)
 
 
 def versions() -> dict[str, str]:
