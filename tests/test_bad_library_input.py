@@ -226,7 +226,7 @@ ADAPTING = {
         r"factors of shapes \(12, 2\) and \(2, 8\), which do not fit the kernel of shape \(8, 12\)",
     ),
     "a weight of another shape": (
-        lambda: jp.merge(PARAMS, {"head/bias": jp.Weight(jnp.ones(3))}, {}),
+        lambda: jp.with_weights(PARAMS, {"head/bias": jnp.ones(3)}),
         r"the weight at 'head/bias' has shape \(3,\), expected \(2,\)",
     ),
     "a class for a model": (lambda: jp.attach(nn.Dense), "expected an instance of a flax.linen.Module"),
@@ -405,8 +405,11 @@ def test_a_budget_above_all_sites_gives_each_the_largest_rank(solver, budget):
 
 
 def test_costs_beyond_64_bits_are_refused():
-    big = [dataclasses.replace(SITES[0], d_in=2**31 - 1, d_out=2**31 - 1, stack=(2**30,))]
-    refused(lambda: rank_problem([1.0], big, 10**30), "more adapter parameters than 64 bits can count")
+    big = [dataclasses.replace(SITES[0], path=str(i), d_in=2**31 - 1, d_out=2**31 - 1) for i in range(2**14 + 1)]
+    refused(
+        lambda: rank_problem([1.0] * len(big), big, 10**30, ranks=(0, 2**16)),
+        "more adapter parameters than 64 bits can count",
+    )
 
 
 def test_a_model_is_saved_with_its_own_configuration_and_name(tmp_path):

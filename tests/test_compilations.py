@@ -62,7 +62,7 @@ def test_events_and_restores_compile_no_step(name, tmp_path):
         (leaf.shape, at) for x in state.adapters.values() for at, leaf in vars(x).items() if hasattr(leaf, "shape")
     }
     assert set(late) <= {"jit(zero_components)"} and compiled.names.count("jit(zero_components)") <= len(shapes)
-    restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method, world.context.sites)
+    restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method)
     restored, _ = world.step(world.params, restored, world.batch)
     restored, _ = jp.prune(restored, world.method, world.optimizer, world.context)
     world.step(world.params, restored, world.batch)
@@ -106,7 +106,7 @@ def divided(folder):
     one = place(one._replace(key=world.state.key))
     with jp.Checkpoints(folder) as checkpoints:
         checkpoints.save(wide)
-    back = jp.Checkpoints(folder).restore(optimizer, method, world.context.sites, where=first)
+    back = jp.Checkpoints(folder).restore(optimizer, method, where=first)
     check(back)
     results = []
     for state in (wide, one, back):

@@ -47,7 +47,7 @@ def test_a_resumed_run_is_the_same_run(name, tmp_path):
     world, go, middle, end, _ = run(name)
     with jp.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(middle)
-    restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method, world.context.sites)
+    restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method)
     assert jax.tree.structure(restored) == jax.tree.structure(middle)
     for left, right in zip(arrays(go(restored, STEPS)[0]), arrays(end), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -58,7 +58,7 @@ PRUNING = {"dplora", "g2r2", "prunedlora", "adalora", "sora"}
 
 @every
 def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
-    (_, params, batch, forward, context, method, optimizer, _, _, step, _), _, _, end, decisions = run(name)
+    (_, params, batch, forward, _, method, optimizer, _, _, step, _), _, _, end, decisions = run(name)
     assert decisions or name not in PRUNING
     jax.tree.map(np.testing.assert_array_equal, zero_dead(end.adapters, end.masks), dict(end.adapters))
 
@@ -76,10 +76,10 @@ def test_the_dead_are_zero_and_compaction_keeps_outputs_and_training(name):
     assert jp.count(small.adapters, small.masks) == jp.count(end.adapters, end.masks)
     assert sum(a.size for a in arrays(small.opt_state)) < sum(a.size for a in arrays(end.opt_state))
     for _ in range(1 if name == "sora" else 2):
-        outputs = [forward(params, *method.seen(s.adapters, s.masks), batch["x"]) for s in (end, small)]
+        outputs = [forward(params, *method.seen(s.method_state, s.adapters, s.masks), batch["x"]) for s in (end, small)]
         np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-6)
         (end, one), (small, other) = step(params, end, batch), step(params, small, batch)
         if name != "sora":  # whose penalty is a mean over the gates that are left; its event is the last step
             np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
-    with_spec = jax.tree.structure(method.init(small.adapters, small.masks, context.sites))
+    with_spec = jax.tree.structure(method.init(small.adapters, small.masks))
     assert jax.tree.structure(small.method_state) == with_spec, "a compacted run could not be resumed"

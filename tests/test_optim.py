@@ -12,6 +12,7 @@ from optax import contrib
 
 import jaxprune as jp
 from jaxprune.adapters import Gated
+from jaxprune.adapters.weight import Weight
 from jaxprune.optim import check_prunable, tailored
 from jaxprune.surgery import Decision, apply, compact, gather, survivors, zero_dead
 from tests.tower import begin
@@ -19,11 +20,11 @@ from tests.tower import begin
 RATE, DECAY = 1e-2, 0.1
 
 
-def gated(scale=1.0, layers=()):
+def gated(scale=1.0):
     draw = np.random.default_rng(0)
     leaf = lambda *shape: jnp.asarray(scale * draw.normal(size=shape), jnp.float32)  # noqa: E731
-    sites = {f"layer_{i}/fc1": Gated(leaf(*layers, 5, 3), leaf(*layers, 3), leaf(*layers, 3, 4), 2.0) for i in range(2)}
-    weights = {"head/kernel": jp.Weight(leaf(4, 2)), "head/bias": jp.Weight(leaf(2)), "norm/scale": jp.Weight(leaf(4))}
+    sites = {f"layer_{i}/fc1": Gated(leaf(5, 3), leaf(3), leaf(3, 4), 2.0) for i in range(2)}
+    weights = {"head/kernel": Weight(leaf(4, 2)), "head/bias": Weight(leaf(2)), "norm/scale": Weight(leaf(4))}
     return {**sites, **weights}
 
 
@@ -104,7 +105,7 @@ def test_a_chain_without_decay_of_them_is_left_alone(make):
 def test_a_chain_whose_decay_cannot_be_told_is_refused(make, why):
     with pytest.raises(jp.UsageError, match=f"{why}.* so gate of 'layer_0/fc1'"):
         tailored(make(), gated())
-    weights = {path: x for path, x in gated().items() if isinstance(x, jp.Weight)}
+    weights = {path: x for path, x in gated().items() if isinstance(x, Weight)}
     optimizer = make()
     assert tailored(optimizer, weights) is optimizer
 
@@ -197,11 +198,6 @@ def test_a_chain_that_cannot_follow_is_refused_before_training(name):
         jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, jp.prunedlora(rank=3, target=1))
     assert "\n" not in str(caught.value)
     jp.init_state(jax.random.key(0), start.adapters, start.masks, make(start.adapters), jp.lora(rank=3))
-
-
-def test_stacked_sites_follow_too():
-    adapters = gated(layers=(2,))
-    check_prunable(optax.adamw(RATE), adapters, masks_of(adapters))
 
 
 def test_it_is_found_out_once():

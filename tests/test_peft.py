@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxprune.adapters import Lora, Weight
+from jaxprune.adapters import Lora
 from jaxprune.errors import UsageError
 from jaxprune.peft import load_peft, save_peft
 from jaxprune.sites import Site
@@ -22,17 +22,17 @@ def normal(*shape):
 
 
 def lora(site, rank, scale=2.0):
-    return Lora(normal(*site.stack, site.d_in, rank), normal(*site.stack, rank, site.d_out), scale, 0.1)
+    return Lora(normal(site.d_in, rank), normal(rank, site.d_out), scale, 0.1)
 
 
 def product(adapter, mask):
     """s (A * m) B in float64."""
     a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
-    return adapter.scale * (a * np.asarray(mask, np.float64)[..., None, :]) @ b
+    return adapter.scale * (a * np.asarray(mask, np.float64)) @ b
 
 
 def heads():
-    return {path: Weight(normal(*shape)) for path, shape in HEAD.items()}
+    return {path: normal(*shape) for path, shape in HEAD.items()}
 
 
 def mixed(sites, ranks=(0, 1, 3, 8)):
@@ -49,11 +49,15 @@ def mixed(sites, ranks=(0, 1, 3, 8)):
 
 def test_round_trip_keeps_every_product_and_drops_dead_components(tmp_path):
     adapters, masks = mixed(SITES)
-    save_peft({**adapters, **heads()}, masks, tmp_path / "adapter")
-    back, back_masks = load_peft(tmp_path / "adapter", SITES)
+    weights = heads()
+    save_peft(adapters, masks, tmp_path / "adapter", weights=weights)
+    back, back_masks, back_weights = load_peft(tmp_path / "adapter", SITES)
+    assert back_weights.keys() == weights.keys()
+    for path, value in weights.items():
+        np.testing.assert_array_equal(back_weights[path], value)
     live = {path: int(mask.sum()) for path, mask in masks.items() if mask.sum()}
     assert len(live) < len(adapters)
-    assert {path: a.rank for path, a in back.items() if isinstance(a, Lora)} == live
+    assert {path: a.rank for path, a in back.items()} == live
     for path in live:
         expected = product(adapters[path], masks[path])
         np.testing.assert_allclose(product(back[path], back_masks[path]), expected, rtol=0, atol=1e-5)
@@ -63,7 +67,7 @@ def test_round_trip_keeps_every_product_and_drops_dead_components(tmp_path):
 def test_files_follow_the_format(tmp_path):
     site = SITES[2]
     adapter, mask, head = lora(site, 4, 3.0), jnp.array([1.0, 0.0, 0.0, 1.0]), heads()
-    save_peft({site.path: adapter, **head}, {site.path: mask}, tmp_path / "a", base_model="some/model")
+    save_peft({site.path: adapter}, {site.path: mask}, tmp_path / "a", weights=head, base_model="some/model")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 2
     assert config["rank_pattern"] == config["alpha_pattern"] == {"encoder.layer_0.fc1": 2}
@@ -82,35 +86,15 @@ def test_files_follow_the_format(tmp_path):
     }
     a, b = (tensors[f"{prefix}encoder.layer_0.fc1.lora_{x}.weight"] for x in "AB")
     np.testing.assert_allclose(b @ a, product(adapter, mask).T, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(tensors[prefix + "head.out.weight"], np.asarray(head["head/out/kernel"].value).T)
+    np.testing.assert_array_equal(tensors[prefix + "head.out.weight"], np.asarray(head["head/out/kernel"]).T)
 
 
 def test_paths_that_end_in_another_path_keep_their_own_rank(tmp_path):
     sites = [Site("fc", 8, 8, 0, "fc"), Site("block/fc", 8, 8, 0, "fc")]
     adapters = {site.path: lora(site, rank) for site, rank in zip(sites, (2, 5), strict=True)}
     save_peft(adapters, {}, tmp_path / "a", task_type=None)
-    back, _ = load_peft(tmp_path / "a", sites)
+    back, *_ = load_peft(tmp_path / "a", sites)
     assert {path: adapter.rank for path, adapter in back.items()} == {"fc": 2, "block/fc": 5}
-
-
-@pytest.mark.parametrize("entry", ["model.layers.{}.q", ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q"]])
-def test_stacked_site_is_written_layer_by_layer(tmp_path, entry):
-    site = Site("layers/q", 16, 24, 0, "q", (3,))
-    adapter, mask = lora(site, 4, 0.5), jnp.array([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
-    save_peft({site.path: adapter}, {site.path: mask}, tmp_path / "a", torch_paths={site.path: entry}, task_type=None)
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert config["rank_pattern"] == {"model.layers.0.q": 2, "model.layers.2.q": 3}
-    back, masks = load_peft(tmp_path / "a", [site], torch_paths={site.path: entry})
-    assert back[site.path].a.shape == (3, 16, 3)
-    np.testing.assert_array_equal(masks[site.path], [[1, 1, 0], [0, 0, 0], [1, 1, 1]])
-    np.testing.assert_allclose(product(back[site.path], masks[site.path]), product(adapter, mask), rtol=0, atol=1e-5)
-
-
-def test_stacked_site_needs_a_path_for_every_layer(tmp_path):
-    site = Site("layers/q", 16, 24, 0, "q", (3,))
-    for torch_paths in (None, {site.path: ["a", "b"]}):
-        with pytest.raises(UsageError, match="3 layers"):
-            save_peft({site.path: lora(site, 2)}, {}, tmp_path / "a", torch_paths=torch_paths, task_type=None)
 
 
 @pytest.mark.parametrize("form", ["{}[{}]", "{}[:,{}]"])
@@ -121,7 +105,7 @@ def test_layers_of_a_scan_have_names_of_their_own(tmp_path, form, entry):
     save_peft(adapters, {}, tmp_path / "a", torch_paths={"layers/q": entry}, task_type=None)
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["rank_pattern"] == {"model.layers.0.q": 2, "model.layers.2.q": 3}
-    back, _ = load_peft(tmp_path / "a", sites, torch_paths={"layers/q": entry})
+    back, *_ = load_peft(tmp_path / "a", sites, torch_paths={"layers/q": entry})
     assert back.keys() == adapters.keys()
     for path, adapter in adapters.items():
         np.testing.assert_allclose(
@@ -139,26 +123,26 @@ def test_a_layer_of_a_scan_needs_a_name_of_its_own(tmp_path, torch_paths):
 
 
 def test_frozen_leaves_complete_the_head(tmp_path):
-    trained = {"head/out/kernel": Weight(normal(16, 3))}
+    trained = {"head/out/kernel": normal(16, 3)}
     params = {"head": {"dense": {"kernel": normal(16, 16), "bias": normal(16)}, "out": {"bias": normal(3)}}}
     torch_paths = {SITES[0].path: "roberta.q", "head/dense": "classifier.dense", "head/out": "classifier.out_proj"}
-    adapters = {SITES[0].path: lora(SITES[0], 2), **trained}
+    adapters = {SITES[0].path: lora(SITES[0], 2)}
     with pytest.raises(UsageError, match="'head/dense' was not trained; pass params"):
-        save_peft(adapters, {}, tmp_path / "a", torch_paths=torch_paths)
-    save_peft(adapters, {}, tmp_path / "a", torch_paths=torch_paths, params=params)
-    back, _ = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
-    np.testing.assert_array_equal(back["head/dense/kernel"].value, params["head"]["dense"]["kernel"])
-    np.testing.assert_array_equal(back["head/out/bias"].value, params["head"]["out"]["bias"])
-    np.testing.assert_array_equal(back["head/out/kernel"].value, trained["head/out/kernel"].value)
+        save_peft(adapters, {}, tmp_path / "a", weights=trained, torch_paths=torch_paths)
+    save_peft(adapters, {}, tmp_path / "a", weights=trained, torch_paths=torch_paths, params=params)
+    *_, back = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
+    np.testing.assert_array_equal(back["head/dense/kernel"], params["head"]["dense"]["kernel"])
+    np.testing.assert_array_equal(back["head/out/bias"], params["head"]["out"]["bias"])
+    np.testing.assert_array_equal(back["head/out/kernel"], trained["head/out/kernel"])
 
 
 def test_frozen_head_is_saved_where_peft_wants_one(tmp_path):
     params = {"head": {"out": {"kernel": normal(16, 3), "bias": normal(3)}}, "pooler": {"kernel": normal(16, 16)}}
     torch_paths = {SITES[0].path: "bert.q", "pooler": "bert.pooler.dense", "head/out": "classifier"}
     save_peft({SITES[0].path: lora(SITES[0], 2)}, {}, tmp_path / "a", torch_paths=torch_paths, params=params)
-    back, _ = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
-    assert set(back) == {SITES[0].path, "head/out/kernel", "head/out/bias"}
-    np.testing.assert_array_equal(back["head/out/kernel"].value, params["head"]["out"]["kernel"])
+    back, _, weights = load_peft(tmp_path / "a", SITES[:1], torch_paths=torch_paths)
+    assert set(back) == {SITES[0].path} and set(weights) == {"head/out/kernel", "head/out/bias"}
+    np.testing.assert_array_equal(weights["head/out/kernel"], params["head"]["out"]["kernel"])
 
 
 @pytest.mark.parametrize(
@@ -332,7 +316,7 @@ def test_missing_and_truncated_files(folder, name):
 def test_missing_head_is_a_mismatch(folder):
     torch_paths = {site.path: site.path.replace("/", ".") for site in SITES[:4]}
     torch_paths |= {"head/dense": "head.dense", "head/out": "head.out"}
-    assert "head/out/kernel" in load_peft(folder, SITES[:4], torch_paths=torch_paths)[0]
+    assert "head/out/kernel" in load_peft(folder, SITES[:4], torch_paths=torch_paths)[2]
     rewrite(folder, tensors={"base_model.model.head.out.weight": None})
     with pytest.raises(UsageError, match="head.out.weight is missing"):
         load_peft(folder, SITES[:4], torch_paths=torch_paths)

@@ -77,21 +77,21 @@ def test_dora_round_trip(tmp_path):
     assert config["use_dora"] is True and config["rank_pattern"] == {"fc1": 2, "fc2": 3}
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     np.testing.assert_array_equal(tensors["base_model.model.fc1.lora_magnitude_vector"], adapters["fc1"].magnitude)
-    back, back_masks = load_peft(tmp_path / "a", SITES)
+    back, back_masks, _ = load_peft(tmp_path / "a", SITES)
     assert all(isinstance(adapter, jp.Dora) for adapter in back.values())
     x = draw(3, N, D_IN)
     np.testing.assert_allclose(apply(PARAMS, back, back_masks, x), apply(PARAMS, adapters, masks, x), atol=1e-5)
 
 
-def test_stacked_dora_round_trip(tmp_path):
-    site = Site("layers/fc", D_IN, D_OUT, 0, "fc", (3,))
+def test_dora_round_trip_of_the_layers_of_a_scan(tmp_path):
+    sites = [Site(f"layers/fc[{i}]", D_IN, D_OUT, i, "fc") for i in range(3)]
     params = {"layers": {"fc": {"kernel": draw(0, 3, D_IN, D_OUT)}}}
-    adapters = shaken(begin(jp.dora(rank=4), params, (site,)).adapters)
-    masks = {site.path: jnp.array([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])}
-    options = {"torch_paths": {site.path: "model.{}.fc"}}
+    adapters = shaken(begin(jp.dora(rank=4), params, sites).adapters)
+    masks = dict(zip(adapters, jnp.array([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]), strict=True))
+    options = {"torch_paths": {"layers/fc": "model.{}.fc"}}
     save_peft(adapters, masks, tmp_path / "a", **options, **FORM)
-    back, back_masks = load_peft(tmp_path / "a", [site], **options)
-    assert back[site.path].magnitude.shape == (3, D_OUT)
+    back, back_masks, _ = load_peft(tmp_path / "a", sites, **options)
+    assert {path: x.rank for path, x in back.items()} == {"layers/fc[0]": 2, "layers/fc[2]": 3}
     before, after = (
         jp.merge(params, *pair)["layers"]["fc"]["kernel"] for pair in [(adapters, masks), (back, back_masks)]
     )
@@ -127,7 +127,7 @@ def test_pissa_is_written_for_the_checkpoint_as_it_is(tmp_path, method, compacte
     with pytest.raises(jp.UsageError, match="taken out of the kernels; pass initial"):
         save_peft(adapters, masks, tmp_path / "a", **FORM)
     save_peft(adapters, masks, tmp_path / "a", initial=jax.device_get(start.adapters), **FORM)
-    back, back_masks = load_peft(tmp_path / "a", SITES)
+    back, back_masks, _ = load_peft(tmp_path / "a", SITES)
     assert back["fc1"].rank == 2 + 3 and not back["fc1"].residual
     np.testing.assert_allclose(apply(PARAMS, back, back_masks, x), expected, atol=1e-5)
     assert np.abs(apply(PARAMS, {}, {}, x) - expected).max() > 0.1
@@ -145,9 +145,9 @@ def test_initial_values_that_were_donated_are_refused(tmp_path):
 def test_kinds_that_are_a_lora_are_written_as_one(tmp_path, kind):
     method = getattr(jp, kind)(rank=3)
     start = begin(method)
-    adapters, masks = method.seen(shaken(start.adapters), start.masks)
+    adapters, masks = method.seen((), shaken(start.adapters), start.masks)
     save_peft(adapters, masks, tmp_path / "a", **FORM)
-    back, back_masks = load_peft(tmp_path / "a", SITES)
+    back, back_masks, _ = load_peft(tmp_path / "a", SITES)
     for site in SITES:
         kernel = PARAMS[site.path]["kernel"]
         merged = adapters[site.path].merge(kernel, None)
@@ -268,7 +268,7 @@ def test_start_forward_and_gradients_equal_those_of_peft(name):
     x, c = draw(40, N, D_IN), draw(41, N, D_IN)
 
     def loss(adapters):
-        y = forward(params, *method.seen(adapters, start.masks), x)
+        y = forward(params, *method.seen((), adapters, start.masks), x)
         return jnp.sum(c * y**2), y
 
     (value, y), grads = jax.value_and_grad(loss, has_aux=True)(adapters)
@@ -290,7 +290,7 @@ def test_peft_loads_the_folder_and_computes_the_same(tmp_path, name):
     peft, torch, method = pytest.importorskip("peft"), pytest.importorskip("torch"), CONFIGS[name][0]
     start = begin(method)
     masks = {path: mask.at[1].set(0.0) for path, mask in start.masks.items()}
-    adapters, masks = method.seen(shaken(start.adapters), masks)
+    adapters, masks = method.seen((), shaken(start.adapters), masks)
     params = start.params
     save_peft(adapters, masks, tmp_path / "a", initial=jax.device_get(start.adapters), **FORM)
     model = peft.PeftModel.from_pretrained(torch_model(), tmp_path / "a").eval()
@@ -314,7 +314,7 @@ def test_reads_the_dora_that_peft_writes(tmp_path, rslora):
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "a")
-    adapters, masks = load_peft(tmp_path / "a", SITES)
+    adapters, masks, _ = load_peft(tmp_path / "a", SITES)
     x = draw(40, N, D_IN)
     got = forward(PARAMS, adapters, masks, x)
     np.testing.assert_allclose(got, model(torch.tensor(np.asarray(x))).detach().numpy(), atol=1e-5)

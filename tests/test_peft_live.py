@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxprune.adapters import Lora, Weight
 from jaxprune.errors import UsageError
 from jaxprune.peft import load_peft, save_peft
 from jaxprune.sites import Site
@@ -75,23 +74,29 @@ def test_peft_loads_the_folder_and_computes_the_same(tmp_path, kind):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     model, sites, torch_paths = torch_model(kind)
     model.save_pretrained(tmp_path / "base")
-    adapters, masks = mixed(sites)
+    (adapters, masks), weights = mixed(sites), {}
     named = dict(model.named_parameters())
     for path in (path for path in torch_paths if path.startswith("head/")):
         d_out, d_in = named[torch_paths[path] + ".weight"].shape
-        adapters[f"{path}/kernel"], adapters[f"{path}/bias"] = Weight(normal(d_in, d_out)), Weight(normal(d_out))
-    save_peft(adapters, masks, tmp_path / "adapter", torch_paths=torch_paths, base_model=str(tmp_path / "base"))
+        weights[f"{path}/kernel"], weights[f"{path}/bias"] = normal(d_in, d_out), normal(d_out)
+    save_peft(
+        adapters,
+        masks,
+        tmp_path / "adapter",
+        weights=weights,
+        torch_paths=torch_paths,
+        base_model=str(tmp_path / "base"),
+    )
 
     merged = {key: value.double() for key, value in model.state_dict().items()}
     for path, adapter in adapters.items():
-        if isinstance(adapter, Lora):
-            merged[torch_paths[path] + ".weight"] += torch.tensor(product(adapter, masks[path]).T)
-        else:
-            module, _, leaf = path.rpartition("/")
-            value = torch.tensor(np.asarray(adapter.value))
-            merged[torch_paths[module] + (".weight" if leaf == "kernel" else ".bias")] = (
-                value.T if leaf == "kernel" else value
-            )
+        merged[torch_paths[path] + ".weight"] += torch.tensor(product(adapter, masks[path]).T)
+    for path, weight in weights.items():
+        module, _, leaf = path.rpartition("/")
+        value = torch.tensor(np.asarray(weight))
+        merged[torch_paths[module] + (".weight" if leaf == "kernel" else ".bias")] = (
+            value.T if leaf == "kernel" else value
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # Said by transformers about a property that PEFT itself reads.
@@ -102,7 +107,7 @@ def test_peft_loads_the_folder_and_computes_the_same(tmp_path, kind):
     result = with_adapter.load_adapter(tmp_path / "adapter", "default")
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
-    live = [path for path, adapter in adapters.items() if isinstance(adapter, Lora) and masks[path].sum()]
+    live = [path for path in adapters if masks[path].sum()]
     made = {name for name, module in with_adapter.named_modules() if hasattr(module, "lora_A")}
     assert made == {f"base_model.model.{torch_paths[path]}" for path in live}
     assert set(peft.get_peft_model_state_dict(with_adapter)) == set(state)
@@ -132,7 +137,7 @@ def test_reads_what_peft_writes(tmp_path, rslora):
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / "adapter")
-    adapters, masks = load_peft(tmp_path / "adapter", sites, torch_paths=torch_paths)
+    adapters, masks, weights = load_peft(tmp_path / "adapter", sites, torch_paths=torch_paths)
     modules = dict(wrapped.named_modules())
     for site in sites:
         module = modules[f"base_model.model.{torch_paths[site.path]}"]
@@ -140,10 +145,10 @@ def test_reads_what_peft_writes(tmp_path, rslora):
         if site.path in adapters:
             delta = module.get_delta_weight("default").detach().numpy().T
             np.testing.assert_allclose(product(adapters[site.path], masks[site.path]), delta, rtol=0, atol=1e-5)
-    assert {a.rank for a in adapters.values() if isinstance(a, Lora)} == {2, 3, 4, 5}
+    assert {a.rank for a in adapters.values()} == {2, 3, 4, 5}
     saved = modules["base_model.model.classifier"].modules_to_save["default"]
-    np.testing.assert_array_equal(adapters["head/out/kernel"].value, saved.out_proj.weight.detach().numpy().T)
-    np.testing.assert_array_equal(adapters["head/dense/bias"].value, saved.dense.bias.detach().numpy())
+    np.testing.assert_array_equal(weights["head/out/kernel"], saved.out_proj.weight.detach().numpy().T)
+    np.testing.assert_array_equal(weights["head/dense/bias"], saved.dense.bias.detach().numpy())
 
 
 def test_refuses_other_kinds_that_peft_writes(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxprune import find_sites, load_adapters, load_run, save_adapters
-from jaxprune.adapters import Weight, init_bottleneck
+from jaxprune.adapters import init_bottleneck
 from jaxprune.errors import UsageError
 from jaxprune.models import load_classifier, save_classifier
 from jaxprune.runs import PREDICT, Reading
@@ -30,19 +30,20 @@ def left(tiny_bert, tmp_path_factory):  # noqa: F811
     sites = find_sites(model.params)[:3]
     adapters, masks = init_bottleneck(jax.random.key(0), sites, {site.path: 2 for site in sites})
     masks = {path: mask.at[0].set(0.0) for path, mask in masks.items()}
-    heads = {f"head/out/{name}": Weight(leaf) for name, leaf in model.params["head"]["out"].items()}
+    heads = {f"head/out/{name}": leaf + 1.0 for name, leaf in model.params["head"]["out"].items()}
     beside = {PREDICT: Reading(str(tiny_bert), ("text",), ("no", "yes"), 10, "float32").content()}
     beside |= {name: (tiny_bert / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
-    save_adapters({**adapters, **heads}, masks, folder / "adapter", beside=beside)
-    return folder, {**adapters, **heads}, masks
+    save_adapters(adapters, masks, folder / "adapter", weights=heads, beside=beside)
+    return folder, adapters, masks, heads
 
 
 def test_adapters_come_back_as_they_were(left):
-    folder, adapters, masks = left
-    found, found_masks = load_adapters(folder / "adapter")
-    assert jax.tree.structure((found, found_masks)) == jax.tree.structure((adapters, masks))
-    jax.tree.map(np.testing.assert_array_equal, (found, found_masks), (adapters, masks))
-    again = load_run(folder / "adapter")
+    folder, *saved = left
+    found = load_adapters(folder / "adapter")
+    assert jax.tree.structure(found) == jax.tree.structure(tuple(saved))
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(saved))
+    again, (adapters, _, heads) = load_run(folder / "adapter"), saved
+    np.testing.assert_array_equal(again.model.params["head"]["out"]["bias"], heads["head/out/bias"])
     assert jax.tree.structure(again.adapters) == jax.tree.structure(adapters) and "text -> no, yes" in repr(again)
 
 
@@ -96,7 +97,7 @@ WRONG = {
     "base": (lambda f: damaged(f, PREDICT, lambda x: {**x, "base_model": None}), "names no base_model; pass model"),
     "gone": (lambda f: damaged(f, PREDICT, lambda x: {**x, "base_model": "./gone"}), "'./gone' is not a folder"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be used"),
-    "format": (lambda f: damaged(f, "adapters.json", lambda x: {**x, "version": 2}), "is not of version 1"),
+    "format": (lambda f: damaged(f, "adapters.json", lambda x: {**x, "version": 1}), "is not of version 2"),
     "kind": (
         lambda f: damaged(f, "adapters.json", lambda x: {**x, "adapters": {"a": {"kind": "Os", "settings": {}}}}),
         "unknown kind 'Os'",
@@ -107,7 +108,7 @@ WRONG = {
         lambda f: damaged(
             f,
             "adapters.json",
-            lambda x: {**x, "adapters": {path: of for path, of in x["adapters"].items() if "head" not in path}},
+            lambda x: {**x, "weights": x["weights"][1:]},
         ),
         "belongs to no adapter",
     ),
@@ -125,7 +126,7 @@ def test_a_damaged_folder_is_one_line(what, left, tmp_path):
 
 
 def test_only_what_was_written_is_replaced(left, tmp_path):
-    _, adapters, masks = left
+    _, adapters, masks, _ = left
     save_adapters(adapters, masks, tmp_path / "a")
     save_adapters(adapters, masks, tmp_path / "a")
     (tmp_path / "a" / "mine.txt").touch()

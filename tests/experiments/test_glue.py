@@ -24,7 +24,7 @@ from experiments.run.cli import parse
 from experiments.run.config import STAGED, GlueConfig
 from experiments.run.loop import predict, run
 from experiments.tasks import metrics
-from jaxprune import attach, find_sites, load_peft, load_run
+from jaxprune import attach, find_sites, load_peft, load_run, with_weights
 from jaxprune.models import EncoderConfig, load_classifier
 from tests.models import tiny
 
@@ -137,12 +137,13 @@ def test_the_exported_adapter_is_the_trained_one(tiny_bert, tiny_rte, tmp_path):
     summary = glue(tiny_bert, tiny_rte, tmp_path / "run", method="oplora", budget=1500, learning_rate=1e-2)
     model = load_classifier(tiny_bert, num_labels=2, seed=0)
     sites = find_sites(model.params)
-    adapters, masks = load_peft(tmp_path / "run" / "adapter", sites, torch_paths=model.torch_paths)
-    assert {p: summary["ranks"][p] for p in adapters if p in summary["ranks"]} == {p: len(m) for p, m in masks.items()}
+    adapters, masks, weights = load_peft(tmp_path / "run" / "adapter", sites, torch_paths=model.torch_paths)
+    params = with_weights(model.params, weights)
+    assert {p: summary["ranks"][p] for p in adapters} == {p: len(m) for p, m in masks.items()}
     rows = load_task("rte", tiny_rte)["validation"]
     batches = Batches(encode(rows, tiny_bert, 32, cache_dir=None), 7, None)
     forward = jax.jit(
-        lambda batch: predict(lambda *a, **k: attach(model.model)(model.params, adapters, masks, *a, **k), batch)
+        lambda batch: predict(lambda *a, **k: attach(model.model)(params, adapters, masks, *a, **k), batch)
     )
     logits = batches.restore([np.asarray(forward(batch)) for batch in batches.all()])
     assert 100 * (logits.argmax(1) == rows.labels).mean() == pytest.approx(summary["score"])
@@ -299,9 +300,12 @@ def test_real_peft_loads_the_adapter_folder(tiny_bert, tiny_rte, tmp_path, capfd
     assert "issing" not in said.err + said.out and "nexpected" not in said.err + said.out
 
     model = load_classifier(tiny_bert, num_labels=2)
-    adapters, masks = load_peft(tmp_path / "run" / "adapter", find_sites(model.params), torch_paths=model.torch_paths)
+    adapters, masks, weights = load_peft(
+        tmp_path / "run" / "adapter", find_sites(model.params), torch_paths=model.torch_paths
+    )
+    params = with_weights(model.params, weights)
     ids = np.random.default_rng(0).integers(5, 120, (6, 20))
-    ours = jax.jit(lambda ids: attach(model.model)(model.params, adapters, masks, ids))(ids)
+    ours = jax.jit(lambda ids: attach(model.model)(params, adapters, masks, ids))(ids)
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor(ids), attention_mask=torch.ones(6, 20)).logits
     np.testing.assert_allclose(ours, logits.numpy(), atol=1e-5)

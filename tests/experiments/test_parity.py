@@ -38,13 +38,13 @@ def test_lora_trains_like_peft(tiny_bert, tiny_rte, tmp_path):
     rates = [name for name in vars(source.config) if name.endswith("dropout")]
     model = SequenceClassifier(replace(source.config, **dict.fromkeys(rates, 0.0)))
     sites = jp.find_sites(source.params)
-    adapters, masks = jp.load_peft(tmp_path / "start", sites, torch_paths=source.torch_paths)
+    adapters, masks, weights = jp.load_peft(tmp_path / "start", sites, torch_paths=source.torch_paths)
     schedule = optax.join_schedules(
         [optax.linear_schedule(0.0, 1e-2, 4), optax.linear_schedule(1e-2, 0.0, STEPS - 4)], [4]
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     step = jp.make_step(jp.attach(model), make_loss(get_task("rte")), optimizer)
-    state = jp.init_state(jax.random.key(0), adapters, masks, optimizer)
+    state = jp.init_state(jax.random.key(0), adapters, masks, optimizer, weights=weights)
 
     trained = [p for p in theirs.parameters() if p.requires_grad]
     their_optimizer = torch.optim.AdamW(trained, 1e-2, weight_decay=0.01)

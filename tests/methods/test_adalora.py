@@ -45,13 +45,14 @@ def ours(optimizer, **changed):
     method, forward = jp.adalora(**settings(**changed)), jp.attach_function(chain)
     loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(batch["x"]) - batch["y"]))  # noqa: E731
     sites = jp.find_sites(params)
-    start = method.start(jp.Context(jax.random.key(0), params, sites, forward, loss_fn))
+    context = jp.Context(jax.random.key(0), params, sites, forward, loss_fn)
+    start = method.start(context)
     adapters = {n: dataclasses.replace(start.adapters[n], a=a, b=b) for n, (a, _, b) in factors.items()}
     state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method)
     for number in range(TOTAL):
         state, _ = step(params, state, {"x": x[number], "y": y[number]})
-        state, _ = jp.prune(state, method, optimizer)
+        state, _ = jp.prune(state, method, optimizer, context)
         yield state.adapters, state.masks
 
 
@@ -182,7 +183,7 @@ def test_peft_step_by_step(orthogonal):
 
 
 def test_the_dead_stay_dead_and_can_be_compacted():
-    """With a site of its own and one stacked over three layers."""
+    """With a site of its own and the layers of a scan."""
     rng = np.random.default_rng(2)
     sizes = {"one": (5, 4), "stack": (3, 5, 5)}
     params = {name: {"kernel": jnp.asarray(rng.normal(size=size), jnp.float32)} for name, size in sizes.items()}
@@ -193,16 +194,16 @@ def test_the_dead_stay_dead_and_can_be_compacted():
             h = jnp.tanh(h @ params["stack"]["kernel"][layer])
         return h @ params["one"]["kernel"]
 
-    sites, forward = jp.find_sites(params), jp.attach_function(deep)
+    sites, forward = jp.find_sites(params, scan_axis=0), jp.attach_function(deep)
     method = jp.adalora(total_steps=6, tfinal=2, init_rank=4, target_rank=2, alpha=60, weights="after")
     loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(x) - 1))  # noqa: E731
-    start = method.start(jp.Context(jax.random.key(3), params, sites, forward, loss_fn))
-    optimizer = optax.adam(1e-2)
+    context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn)
+    start, optimizer = method.start(context), optax.adam(1e-2)
     state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     for _ in range(4):
         state, _ = step(params, state, {})
-    state, decision = jp.prune(state, method, optimizer)
+    state, decision = jp.prune(state, method, optimizer, context)
     assert decision is not None and sum(float(m.sum()) for m in state.masks.values()) == 4 * 2
     small = jp.compacted(state, method, optimizer)
     size = lambda state: sum(leaf.size for leaf in jax.tree.leaves(state.method_state))  # noqa: E731
@@ -227,41 +228,41 @@ def test_nothing_is_masked_when_the_budget_is_all():
     model, params, x = tower()
     method = jp.adalora(total_steps=9, init_rank=2, target_rank=2)
     start = method.start(jp.Context(jax.random.key(3), params, jp.find_sites(params), jp.attach(model), None))
-    state = method.init(start.adapters, start.masks, ())
+    state = method.init(start.adapters, start.masks)
     adapters = {path: dataclasses.replace(a, e=a.e + 1) for path, a in start.adapters.items()}
-    after = jax.jit(method.project)(state, adapters, start.masks, 3)
+    _, after = jax.jit(method.project)(state, adapters, start.masks, None, 4)
     assert all(bool((a.e == 1).all()) for a in after.values())
     _, decision = method.decide(state, adapters, start.masks, 9, None)
     assert all(bool((mask == 1).all()) for mask in decision.masks.values())
 
 
 def test_ties_are_broken_by_path_and_index_and_the_dead_go_first():
-    scores = {"b": jnp.asarray([1.0, 1.0, 5.0]), "a": jnp.asarray([[1.0, 0.5], [1.0, 9.0]])}
-    masks = {"b": jnp.ones(3), "a": jnp.asarray([[1.0, 1.0], [1.0, 0.0]])}
+    scores = {"b": jnp.asarray([1.0, 1.0, 5.0]), "a": jnp.asarray([1.0, 0.5, 1.0, 9.0])}
+    masks = {"b": jnp.ones(3), "a": jnp.asarray([1.0, 1.0, 1.0, 0.0])}
     kept = jax.jit(keep)(scores, masks, 4)
-    assert kept["a"].tolist() == [[True, False], [True, False]] and kept["b"].tolist() == [True, False, True]
+    assert kept["a"].tolist() == [True, False, True, False] and kept["b"].tolist() == [True, False, True]
 
 
 def test_triplets_and_penalty_by_hand():
     rng = np.random.default_rng(0)
     a, e, b = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 3)), rng.normal(size=(2, 3, 4))
-    x = jp.Svd(*(jnp.asarray(v, jnp.float32) for v in (a, e, b)), 1.0)
+    x = {n: jp.Svd(*(jnp.asarray(v[i], jnp.float32) for v in (a, e, b)), 1.0) for i, n in enumerate("st")}
     twice = jax.tree.map(lambda leaf: 2 * leaf, x)
-    scores = triplets(AdaLoraState({"s": x}, {"s": twice}, {}))["s"]
-    np.testing.assert_allclose(scores, 2 * e**2 + (2 * a**2).mean(1) + (2 * b**2).mean(2), rtol=1e-5)
-    norms = [np.linalg.norm(r @ r.T - np.eye(3)) for layer in range(2) for r in (a[layer].T, b[layer])]
-    np.testing.assert_allclose(orthogonality({"s": x}), np.mean(norms), rtol=1e-5)
-    # One component dead in layer 0, all of layer 1: as if they had never been there, and no NaN in the gradient.
-    alive = np.asarray([[1, 0, 1], [0, 0, 0]])
-    dead = dataclasses.replace(x, a=x.a * alive[:, None], b=x.b * alive[..., None])
+    scores = triplets(AdaLoraState(x, twice))
+    for i, n in enumerate("st"):
+        np.testing.assert_allclose(
+            scores[n], 2 * e[i] ** 2 + (2 * a[i] ** 2).mean(0) + (2 * b[i] ** 2).mean(1), rtol=1e-5
+        )
+    norms = [np.linalg.norm(r @ r.T - np.eye(3)) for i in range(2) for r in (a[i].T, b[i])]
+    np.testing.assert_allclose(orthogonality(x), np.mean(norms), rtol=1e-5)
+    # One component dead at the first site, all of the second: as if they had never been there, and no NaN in the gradient.
+    alive = {"s": np.asarray([1, 0, 1]), "t": np.zeros(3)}
+    dead = {n: dataclasses.replace(y, a=y.a * alive[n], b=y.b * alive[n][:, None]) for n, y in x.items()}
     rows = (a[0].T[[0, 2]], b[0][[0, 2]])
-    np.testing.assert_allclose(
-        orthogonality({"s": dead}), np.mean([np.linalg.norm(r @ r.T - np.eye(2)) for r in rows]), rtol=1e-5
-    )
-    grads = jax.grad(orthogonality)({"s": dead})["s"]
-    assert (
-        np.isfinite(grads.a).all() and (np.asarray(grads.a)[np.broadcast_to(alive[:, None] == 0, a.shape)] == 0).all()
-    )
+    expected = np.mean([np.linalg.norm(r @ r.T - np.eye(2)) for r in rows])
+    np.testing.assert_allclose(orthogonality(dead), expected, rtol=1e-5)
+    for n, grads in jax.grad(orthogonality)(dead).items():
+        assert np.isfinite(grads.a).all() and (np.asarray(grads.a)[:, alive[n] == 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_a_run_of_two_billion_steps_keeps_no_table_of_them():
     params = {"one": {"kernel": jnp.ones((5, 4))}}
     start = method.start(jp.Context(jax.random.key(1), params, jp.find_sites(params), lambda: None, lambda: None))
     adapters = {path: dataclasses.replace(a, e=a.e + 1) for path, a in start.adapters.items()}
-    project, state = jax.jit(method.project), method.init(adapters, start.masks, ())
+    project, state = jax.jit(method.project), method.init(adapters, start.masks)
     for number in (1, total // 5, total // 4, total - 1):  # 2 + 2 (1 - t / T)^3 is 3 at t = 0.206 T
-        after = project(state, adapters, start.masks, jnp.int32(number - 1))
+        _, after = project(state, adapters, start.masks, None, jnp.int32(number))
         assert int((after["one"].e != 0).sum()) == int(2 + 2 * (1 - number / total) ** 3)

@@ -12,7 +12,7 @@ import jaxprune as jp
 from jaxprune.adapters import MaskedDora, mask_channels, settle, to_dora
 from jaxprune.adapters.channel import SETTLED
 from jaxprune.methods.channelmask import density, density_shift, draw, largest, temperature
-from tests.tower import tower
+from tests.tower import sites_of, tower
 
 
 def masked(logits, heads=1, d_in=5):
@@ -28,7 +28,7 @@ def masked(logits, heads=1, d_in=5):
 
 def started(method, form="plain"):
     model, params, x = tower(form)
-    sites = jp.find_sites(params)
+    sites = sites_of(form)
     context = jp.Context(jax.random.key(3), params, sites, jp.attach(model), loss_fn, [{"x": x}])
     return context, method.start(context), {"x": x}
 
@@ -154,8 +154,8 @@ def test_a_target_is_met_by_the_channels_that_the_loss_can_do_without():
     # What is of use should be 1 more than it is; the rest should be 0.
     loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(batch["x"]) - useful * (batch["x"] + 1)))  # noqa: E731
     method = jp.channelmask(total_steps=80, stage=0.5, channels=("fc1",), rank=1, target=5 / 8, start_logit=2.0)
-    start = method.start(jp.Context(jax.random.key(0), params, sites, forward, loss_fn))
-    optimizer = optax.adam(0.05)
+    context = jp.Context(jax.random.key(0), params, sites, forward, loss_fn)
+    start, optimizer = method.start(context), optax.adam(0.05)
     state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(forward, loss_fn, optimizer, method, donate=False)
     batch = {"x": jax.random.normal(jax.random.key(2), (16, 8))}
@@ -165,7 +165,7 @@ def test_a_target_is_met_by_the_channels_that_the_loss_can_do_without():
         if number <= 40:
             want = 5 / 8 + (first - 5 / 8) * (1 - number / 40) ** 3
             np.testing.assert_allclose(density(state.adapters), want, rtol=1e-4)
-        state, decision = jp.prune(state, method, optimizer)
+        state, decision = jp.prune(state, method, optimizer, context)
         assert bool(decision) == (number == 40)
     np.testing.assert_array_equal(state.adapters["fc1"].channels(None), useful)
     np.testing.assert_allclose(np.abs(state.adapters["fc1"].logits), SETTLED, rtol=1e-4)
@@ -187,27 +187,27 @@ def test_stage_one_learns_masks_and_stage_two_keeps_them():
     optimizer = optax.adamw(0.03, weight_decay=0.1)
     state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method)
     step = jp.make_step(context.forward, loss_fn, optimizer, method, donate=False)
-    gates, decisions = [], []
+    gates, decisions, paths = [], [], [f"layers/fc1[{i}]" for i in range(3)]
     for _ in range(16):
         state, _ = step(context.params, state, batch)
-        state, decision = jp.prune(state, method, optimizer)
+        state, decision = jp.prune(state, method, optimizer, context)
         decisions += [decision] if decision else []
-        gates.append(np.asarray(state.adapters["layers/fc1"].logits) > 0)
-    assert len(decisions) == 1 and isinstance(state.adapters["layers/fc1"], MaskedDora)
+        gates.append(np.stack([np.asarray(state.adapters[path].logits) > 0 for path in paths]))
+    assert len(decisions) == 1 and all(isinstance(state.adapters[path], MaskedDora) for path in paths)
     assert decisions[0].report["channels"] == {"fc1": {"kept": gates[7].sum(), "of": 36}} and 0 < gates[7].sum() < 36
     np.testing.assert_array_equal(gates[8:], [gates[7]] * 8)
     assert (gates[0] != gates[7]).any()
-    np.testing.assert_array_equal(state.adapters["layers/fc1"].channels(None), gates[7])
+    np.testing.assert_array_equal([state.adapters[path].channels(None) for path in paths], gates[7])
 
     def training_loss(adapters):
-        seen, masks = method.view(adapters, state.masks, jax.random.key(1), jnp.int32(12))
+        seen, masks = method.view((), adapters, state.masks, jax.random.key(1), jnp.int32(13))
         value = loss_fn(lambda x: context.forward(context.params, seen, masks, x), batch, None)
-        return value + method.penalty(adapters)
+        return value + method.penalty((), adapters, state.masks)
 
     gradients = jax.jit(jax.grad(training_loss))(state.adapters)
     for path, adapter in gradients.items():
         assert np.abs(adapter.magnitude).max() > 0
-        if path == "layers/fc1":
+        if path in paths:
             np.testing.assert_array_equal(adapter.logits, 0)
 
 
@@ -222,7 +222,7 @@ def test_uniform_control_prunes_the_smallest_magnitudes_of_every_head():
             start=SETTLED, heads=3, shared=shared,
         )  # fmt: skip
         adapter = dataclasses.replace(adapter, magnitude=jnp.asarray(magnitude))
-        _, decision = method.decide((), {path: adapter}, {}, 2, None)
+        _, decision = method.decide((), {path: adapter}, {}, 2, context)
         np.testing.assert_array_equal(decision.adapters[path].channels(None), want)
     assert method.triggers(2) and not method.triggers(4)
     assert jp.count(start.adapters, start.masks) == jp.count(jp.dora(rank=2).start(context).adapters, start.masks)

@@ -13,7 +13,7 @@ import jaxprune as jp
 from jaxprune.methods.dplora import gradient_importance
 from jaxprune.schedules import bezier, early
 from jaxprune.surgery import live
-from tests.tower import begin, tower
+from tests.tower import begin, sites_of, tower
 
 SETTINGS = dict(total_steps=24, events=3, target=0.7)
 
@@ -29,7 +29,7 @@ def loss_fn(apply, batch, key):
 @functools.lru_cache
 def world(form="plain"):
     model, params, x = tower(form)
-    forward, sites = jp.attach(model), jp.find_sites(params)
+    forward, sites = jp.attach(model), sites_of(form)
     context = jp.Context(jax.random.key(3), params, sites, forward, loss_fn, [{"x": x}], [{"x": x[:, None]}])
     return params, sites, forward, context, {"x": x}
 
@@ -116,9 +116,10 @@ def decided(sizes, rank, importance, target=0.5, steps=1, **settings):
     sites = [jp.sites.site_at(path, *size) for path, size in sizes.items()]
     method = dplora(events=1, target=target, **settings)
     adapters, masks = jp.init_lora(jax.random.key(0), sites, dict.fromkeys(sizes, rank))
-    state = method.init(adapters, masks, sites)
+    state = method.init(adapters, masks)
+    context = jp.Context(jax.random.key(0), {}, sites, lambda: None, lambda: None)
     total = {path: jnp.float32(value) for path, value in importance.items()}
-    after, decision = method.decide(state._replace(total=total, steps=jnp.int32(steps)), adapters, masks, 12, None)
+    after, decision = method.decide(state._replace(total=total, steps=jnp.int32(steps)), adapters, masks, 12, context)
     assert int(after.event) == 1 and set(after.importance) == set(sizes)
     assert all(np.isfinite(value).all() for value in after.importance.values())
     return decision
@@ -145,14 +146,13 @@ def test_an_event_never_ends_a_run():
 def test_a_first_event_that_measured_nothing_leaves_no_trace():
     """The first measurement stands alone, whenever it comes."""
     sites = ("a/fc1", "b/fc1")
-    method = dplora(ema_decay=0.9)
-    adapters, masks = jp.init_lora(
-        jax.random.key(0), [jp.sites.site_at(path, 4, 4) for path in sites], dict.fromkeys(sites, 4)
-    )
-    state = method.init(adapters, masks, ())
+    method, found = dplora(ema_decay=0.9), [jp.sites.site_at(path, 4, 4) for path in sites]
+    adapters, masks = jp.init_lora(jax.random.key(0), found, dict.fromkeys(sites, 4))
+    context = jp.Context(jax.random.key(0), {}, found, lambda: None, lambda: None)
+    state = method.init(adapters, masks)
     for step, values in ((6, (0.0, 0.0)), (12, (3.0, 5.0)), (18, (4.0, 5.0))):
         total = dict(zip(sites, map(jnp.float32, values), strict=True))
-        state, _ = method.decide(state._replace(total=total, steps=jnp.int32(1)), adapters, masks, step, None)
+        state, _ = method.decide(state._replace(total=total, steps=jnp.int32(1)), adapters, masks, step, context)
     assert [float(state.importance[path]) for path in sites] == pytest.approx([0.9 * 3 + 0.1 * 4, 5])
 
 
@@ -193,7 +193,7 @@ def test_each_sample_has_dropout_of_its_own():
     context = context._replace(loss_fn=noisy, samples=[{"x": batch["x"][:, None]}] * 2)
     method = dplora(importance="samples")
     start = method.start(context._replace(loss_fn=loss_fn))
-    method.decide(method.init(start.adapters, start.masks, sites), start.adapters, start.masks, 6, context)
+    method.decide(method.init(start.adapters, start.masks), start.adapters, start.masks, 6, context)
     jax.effects_barrier()
     assert len(set(keys)) == 2 * len(batch["x"])
 
@@ -289,7 +289,7 @@ def test_a_target_that_leaves_no_rank_for_a_type_is_refused_before_training():
         jp.UsageError, match="would leave 12 adapter parameters, and a rank for each type of site takes 40"
     ):
         dplora(target=0.95).start(world()[3])
-    with pytest.raises(jp.UsageError, match="needs the context with its samples"):
+    with pytest.raises(jp.UsageError, match="measures on the context's samples, and it has none"):
         method = dplora(importance="samples")
         state = _initial()._replace(step=jnp.int32(6))
-        jp.prune(state, method, optax.adamw(1e-2))
+        jp.prune(state, method, optax.adamw(1e-2), world()[3]._replace(samples=()))

@@ -9,7 +9,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.methods.dylora import at_rank
-from tests.tower import tower
+from tests.tower import sites_of, tower
 
 RANK, ALPHA = 4, 6.0
 
@@ -17,7 +17,7 @@ RANK, ALPHA = 4, 6.0
 def started(form="plain", **settings):
     """Return (method, adapters with random B, masks, params, x, forward)."""
     model, params, x = tower(form)
-    sites, forward = jp.find_sites(params), jp.attach(model)
+    sites, forward = sites_of(form), jp.attach(model)
     method = jp.dylora(rank=RANK, alpha=ALPHA, **settings)
     start = method.start(jp.Context(jax.random.key(3), params, sites, forward, None))
     adapters = {
@@ -32,7 +32,7 @@ def drawn(method, adapters, masks):
     keys = {}
     for seed in range(60):
         key = jax.random.key(seed)
-        counts = {int(mask.reshape(-1, RANK)[0].sum()) for mask in method.view(adapters, masks, key, 0)[1].values()}
+        counts = {int(mask.sum()) for mask in method.view((), adapters, masks, key, 1)[1].values()}
         assert len(counts) == 1  # the same for all sites
         keys.setdefault(counts.pop(), key)
     return keys
@@ -46,7 +46,7 @@ def test_what_learns_is_what_the_released_code_trains(frozen):
     assert set(keys) == set(range(1, RANK + 1))
     loss = jax.jit(lambda seen, masks: jnp.mean(jnp.square(forward(params, seen, masks, x) - 1)))
     for b, key in keys.items():
-        value, grads = jax.value_and_grad(lambda a, key=key: loss(*method.view(a, masks, key, 0)))(adapters)
+        value, grads = jax.value_and_grad(lambda a, key=key: loss(*method.view((), a, masks, key, 1)))(adapters)
         root = np.sqrt(RANK / b)
         cut = {p: jp.Lora(root * v.a[:, :b], root * v.b[:b], ALPHA / RANK) for p, v in adapters.items()}
         wanted, slow = jax.value_and_grad(loss)(cut, {path: jnp.ones(b) for path in cut})
@@ -65,11 +65,11 @@ def test_what_learns_is_what_the_released_code_trains(frozen):
 def test_cutting_at_a_rank(form):
     """s = alpha / b, in forward, merge and count; the full rank is the model as it is, and so is the view outside training."""
     method, adapters, masks, params, x, forward = started(form)
-    assert method.seen(adapters, masks) == (adapters, masks)
+    assert method.seen((), adapters, masks) == (adapters, masks)
     for b in range(1, RANK + 1):
         cut, cut_masks = at_rank(adapters, masks, b)
-        by_hand = {p: jp.Lora(a.a[..., :b], a.b[..., :b, :], ALPHA / b) for p, a in adapters.items()}
-        ones = {p: mask[..., :b] for p, mask in masks.items()}
+        by_hand = {p: jp.Lora(a.a[:, :b], a.b[:b], ALPHA / b) for p, a in adapters.items()}
+        ones = {p: mask[:b] for p, mask in masks.items()}
         np.testing.assert_allclose(
             forward(params, cut, cut_masks, x), forward(params, by_hand, ones, x), rtol=1e-5, atol=1e-6
         )

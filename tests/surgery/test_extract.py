@@ -156,7 +156,8 @@ def test_an_even_mlp_is_an_ordinary_checkpoint(tmp_path):
     method = jp.uniformmask(total_steps=2, channels=("fc1",), ratio=0.25)
     for path in [p for p in adapters if p.endswith("fc1")]:
         adapters[path] = mask_channels(adapters[path])
-    _, decision = method.decide((), adapters, masks, 1, None)
+    context = jp.Context(jax.random.key(0), params, jp.find_sites(params), lambda: None, lambda: None)
+    _, decision = method.decide((), adapters, masks, 1, context)
     small = jp.extract(CONFIG, params, {**adapters, **decision.adapters}, masks)
     assert small.config == dataclasses.replace(CONFIG, intermediate_size=15)
     merged = jp.merge(small.params, small.adapters, masks)
@@ -169,10 +170,12 @@ def test_what_goes_along_and_what_cannot():
     fc1, fc2, out = (f"encoder/layer_0/{p}" for p in ("mlp/fc1", "mlp/fc2", "attention/out"))
     loras, _ = jp.init_lora(jax.random.key(0), jp.find_sites(params), {fc2: 2, out: 2})
     lora = dataclasses.replace(loras[fc2], b=noise(1, loras[fc2].b))
-    bias = jp.Weight(params["encoder"]["layer_0"]["mlp"]["fc1"]["bias"] + 1.0)
-    mixed = {fc1: adapters[fc1], fc2: lora, f"{fc1}/bias": bias}
-    want = logits(CONFIG, params, mixed, {})
-    np.testing.assert_allclose(logits(*jp.extract(CONFIG, params, mixed), {}), want, rtol=1e-5, atol=1e-5)
+    weights = {f"{fc1}/bias": params["encoder"]["layer_0"]["mlp"]["fc1"]["bias"] + 1.0}
+    mixed = {fc1: adapters[fc1], fc2: lora}
+    want = logits(CONFIG, jp.with_weights(params, weights), mixed, {})
+    small = jp.extract(CONFIG, params, mixed, weights=weights)
+    got = logits(small.config, jp.with_weights(small.params, small.weights), small.adapters, {})
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     bottleneck, _ = jp.adapters.init_bottleneck(jax.random.key(0), jp.find_sites(params), {fc2: 2, out: 2})
     same = jp.extract(CONFIG, params, {fc1: adapters[fc1], out: bottleneck[out]})
     assert same.adapters[out] is bottleneck[out]

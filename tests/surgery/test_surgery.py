@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.adapters import parted
 from jaxprune.surgery import Decision, apply, compact, live, trim
 from tests.test_methods import FORMS
-from tests.tower import tower
+from tests.tower import sites_of, tower
 
 CHAINS = {
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
@@ -38,11 +39,11 @@ def loss_fn(apply, batch, key):
 def setting(form="plain", chain="adamw", rank=4):
     """A tower in training; returns params, state, step, optimizer, batch, forward."""
     model, params, x = tower(form)
-    sites, forward = jp.find_sites(params), jp.attach(model)
+    sites, forward = sites_of(form), jp.attach(model)
     adapters, masks = jp.init_lora(jax.random.key(1), sites, {site.path: rank for site in sites})
-    adapters |= jp.init_weights(params, "^head/")
+    weights = jp.init_weights(params, "^head/")
     optimizer = CHAINS[chain]()
-    state = jp.init_state(jax.random.key(2), adapters, masks, optimizer)
+    state = jp.init_state(jax.random.key(2), adapters, masks, optimizer, weights=weights)
     step = jp.make_step(forward, loss_fn, optimizer, donate=False)
     for _ in range(3):
         state, _ = step(params, state, {"x": x})
@@ -50,8 +51,9 @@ def setting(form="plain", chain="adamw", rank=4):
 
 
 def prune_to(state, optimizer, masks):
-    adapters, masks, opt_state = apply(Decision(masks), state.adapters, state.masks, state.opt_state, optimizer)
-    return state._replace(adapters=adapters, masks=masks, opt_state=opt_state)
+    trained, masks, opt_state = apply(Decision(masks), state.trained, state.masks, state.opt_state, optimizer)
+    adapters, weights = parted(trained)
+    return state._replace(adapters=adapters, weights=weights, masks=masks, opt_state=opt_state)
 
 
 def some_masks(state, seed=0):
@@ -70,7 +72,7 @@ def dead_entries(tree, masks):
     for where, lora in loras:
         if isinstance(lora, jp.Lora):
             dead = np.asarray(masks[where[-1].key]) == 0
-            yield np.moveaxis(np.asarray(lora.a), -1, -2)[dead], np.asarray(lora.b)[dead]
+            yield np.asarray(lora.a).T[dead], np.asarray(lora.b)[dead]
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -79,9 +81,7 @@ def test_dead_stays_dead_and_compaction_changes_nothing(chain):
     masked = prune_to(state, optimizer, some_masks(state))
     small = jp.compacted(masked, None, optimizer)
     assert live(small.masks) == {path: rank for path, rank in live(masked.masks).items() if rank}
-    assert all(
-        adapter.rank == live(small.masks)[path] for path, adapter in small.adapters.items() if path in small.masks
-    )
+    assert all(adapter.rank == live(small.masks)[path] for path, adapter in small.adapters.items())
     np.testing.assert_allclose(
         forward(params, masked.adapters, masked.masks, batch["x"]),
         forward(params, small.adapters, small.masks, batch["x"]), atol=1e-6,
@@ -159,8 +159,7 @@ def test_decisions_that_cannot_be():
         prune_to(state, optimizer, {path: np.ones(3)})
     with pytest.raises(jp.UsageError, match="nothing to train"):
         everything = {p: np.zeros_like(m) for p, m in state.masks.items()}
-        loras = {p: a for p, a in state.adapters.items() if p in state.masks}
-        compact(loras, everything, optimizer.init(loras), optimizer)
+        compact(state.adapters, everything, optimizer.init(state.adapters), optimizer)
     with pytest.raises(jp.UsageError, match="out of range"):
         trim({path: np.ones(4)}, state.masks, {path: 5})
 
@@ -179,7 +178,7 @@ def test_a_decision_may_compensate_and_rescale():
     old = state.adapters[path]
     better = jp.Lora(old.a + 1, old.b, old.scale)
     decision = Decision({path: np.array([1, 0, 0, 1])}, {path: better}, {path: 2.0})
-    adapters, masks, opt_state = apply(decision, state.adapters, state.masks, state.opt_state, optimizer)
+    adapters, masks, opt_state = apply(decision, state.trained, state.masks, state.opt_state, optimizer)
     assert adapters[path].scale == 2 * old.scale
     np.testing.assert_array_equal(adapters[path].a, (old.a + 1) * np.array([1, 0, 0, 1]))
     assert jax.tree.structure(opt_state) == jax.tree.structure(jax.eval_shape(optimizer.init, adapters))
