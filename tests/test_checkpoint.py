@@ -41,7 +41,7 @@ def state_of(number: int, size: int = 0) -> jp.TrainState:
 
 def noisy(size: int) -> jp.Method:
     """Make the method whose state `state_of` adds."""
-    return jp.Method(jp.lora().start, init=lambda adapters, masks, sites: {"noise": jnp.zeros(size)})
+    return jp.Method(jp.lora().start, init=lambda adapters, masks: {"noise": jnp.zeros(size)})
 
 
 def bits(state: jp.TrainState) -> list[tuple]:

@@ -148,22 +148,22 @@ def test_frozen_head_is_saved_where_peft_wants_one(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "options", "message"),
     [
-        ({"encoder/layer_0/query/bias": Weight(jnp.zeros(16))}, {}, "outside the head.*merge"),
-        ({"encoder/layer_0/query/kernel": Weight(jnp.zeros((16, 16)))}, {}, "outside the head.*merge"),
+        ({}, {"weights": {"encoder/layer_0/query/bias": jnp.zeros(16)}}, "outside the head.*merge"),
+        ({}, {"weights": {"encoder/layer_0/query/kernel": jnp.zeros((16, 16))}}, "outside the head.*merge"),
         ({"encoder/layer_1/query": object()}, {}, "is a object.*merge"),
         ({}, {"task_type": "SEQ_CLS"}, "goes with a head"),
         ({}, {"task_type": None, "profile": "onnx"}, "expected 'peft' or 'vllm'"),
         ({}, {"task_type": None, "torch_paths": {"encoder/layer_0/key": "k"}}, "no entry for 'encoder/layer_0/query'"),
         ({"encoder/layer_0/value": lora(SITES[1], 1)},
          {"task_type": None, "torch_paths": {SITES[0].path: "q", SITES[1].path: "q"}}, "both have the torch path 'q'"),
-        ({"head/out": lora(SITES[0], 1)}, {}, "lies in the head"),
-        ({**heads()}, {"profile": "vllm"}, "vLLM refuses adapters with a trained head"),
+        ({"head/out": lora(SITES[0], 1)}, {"weights": heads()}, "lies in the head"),
+        ({}, {"weights": heads(), "profile": "vllm"}, "vLLM refuses adapters with a trained head"),
         ({"encoder/layer_0/fc1": lora(SITES[2], 520)}, {"task_type": None, "profile": "vllm"}, "up to 512, got 520"),
         ({"encoder/layer_0/fc1": Lora(jnp.full((16, 2), jnp.nan), normal(2, 32), 2.0)}, {"task_type": None}, "NaN"),
     ],
 )  # fmt: skip
 def test_what_the_format_cannot_hold_is_refused(tmp_path, extra, options, message):
-    adapters = {SITES[0].path: lora(SITES[0], 2), **(heads() if "lies in" in message else {}), **extra}
+    adapters = {SITES[0].path: lora(SITES[0], 2), **extra}
     with pytest.raises(UsageError, match=message) as caught:
         save_peft(adapters, {}, tmp_path / "a", **options)
     assert "\n" not in str(caught.value)
@@ -247,7 +247,7 @@ def rewrite(folder, config=None, tensors=None):
 @pytest.fixture
 def folder(tmp_path):
     adapters = {site.path: lora(site, 2) for site in SITES[:4]}
-    save_peft({**adapters, **heads()}, {}, tmp_path / "adapter")
+    save_peft(adapters, {}, tmp_path / "adapter", weights=heads())
     return tmp_path / "adapter"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.sites import flatten
-from tests.tower import FORMS, tower
+from jaxprune.sites import flatten, layer_of
+from tests.tower import FORMS, sites_of, tower
 
 
 def loss_fn(apply, batch, key):
@@ -20,7 +20,7 @@ def loss_fn(apply, batch, key):
 def setting(form="plain"):
     model, params, x = tower(form)
     batches = [{"x": x + i, "y": jnp.full((4, 2), 0.5 * i)} for i in range(3)]
-    return model, params, batches, jp.find_sites(params)
+    return model, params, batches, sites_of(form)
 
 
 def dense_gradients(model, params, batch):
@@ -47,8 +47,8 @@ def test_gradient_scores_equal_dense_gradients(form, kind):
     dense = [dense_gradients(model, params, batch) for batch in batches]
     scores = [jp.site_scores(kind, forward, loss_fn, params, sites, batches) for forward in forwards]
     for site in sites:
-        kernels = [np.asarray(g[f"{site.path}/kernel"], np.float64).reshape(-1, site.d_in, site.d_out) for g in dense]
-        expected = np.mean([[REDUCTIONS[kind](layer) for layer in kernel] for kernel in kernels])
+        kernels = [np.asarray(layer_of(g[f"{site.module}/kernel"], site.index), np.float64) for g in dense]
+        expected = np.mean([REDUCTIONS[kind](kernel) for kernel in kernels])
         assert [score[site.path] for score in scores] == pytest.approx([expected] * 2, rel=1e-5)
 
 

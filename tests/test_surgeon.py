@@ -40,20 +40,20 @@ def test_closed_forms_are_the_constrained_optimum(size):
     for removed in itertools.combinations(range(5), size):
         # Without a gradient: the compensation, and the price as the sum of the prices of one removal after the other.
         change, price = least(factor, 0 * gradient, curvature, removed)
-        update = np.asarray(compensation(inverse, jnp.array(removed), size)) @ factor[list(removed)]
+        update = np.asarray(compensation(inverse, jnp.array(removed))) @ factor[list(removed)]
         update[list(removed)] = -factor[list(removed)]
         np.testing.assert_allclose(update, change, rtol=2e-3, atol=2e-3)
         total, rest, current = 0.0, inverse, factor
         for j in removed:
             total += surgery_score(rest, Factor(jnp.asarray(curvature), jnp.sum(jnp.square(current), 1)))[j]
-            current = current + np.asarray(compensation(rest, jnp.array([j]), 1)) @ current[[j]]
+            current = current + np.asarray(compensation(rest, jnp.array([j]))) @ current[[j]]
             current[j] = 0
             rest = downdate(rest, j)
         assert float(total) == pytest.approx(price, rel=1e-3)
         # With it: the same for F - H^-1 g, above the unconstrained optimum.
         change, price = least(factor, gradient, curvature, removed)
         residual = factor - np.linalg.solve(curvature, gradient)
-        full = np.asarray(compensation(inverse, jnp.array(removed), size)) @ residual[list(removed)]
+        full = np.asarray(compensation(inverse, jnp.array(removed))) @ residual[list(removed)]
         full[list(removed)] = -residual[list(removed)]
         np.testing.assert_allclose(full - np.linalg.solve(curvature, gradient), change, rtol=2e-3, atol=2e-3)
         if size == 1:
@@ -87,7 +87,7 @@ def test_the_worked_example():
     np.testing.assert_allclose(surgery_score(inverse, plain), [0.14, 0.823529, 0.057143], rtol=1e-4)
     first = plain._replace(cross=jnp.asarray(gradient @ factor.T))
     np.testing.assert_allclose(surgery_score(inverse, first), [0.012143, 0.732143, 0.046429], rtol=1e-3)
-    update = compensation(inverse, jnp.array([2]), 1) @ factor[[2]]
+    update = compensation(inverse, jnp.array([2])) @ factor[[2]]
     np.testing.assert_allclose(update.T, [[0, 0, 0], [0.285714, 0.142857, 0]], rtol=1e-5)
 
 

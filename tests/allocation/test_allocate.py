@@ -322,12 +322,6 @@ def test_defaults_are_half_of_uniform_rank_16():
         uniform_plan(sites, -1)
 
 
-def test_stacked_site_costs_every_layer():
-    stacked = (Site("blocks/q", 4, 4, 0, "q", (12,)), Site("head/k", 4, 4, 0, "k"))
-    plan = allocate([1.0, 1.0], stacked, 8 * 12 + 8 * 3, ranks=range(4))
-    assert plan.ranks == {"blocks/q": 1, "head/k": 3} and plan.cost == 8 * 12 + 8 * 3
-
-
 @pytest.mark.parametrize("make", [roberta_base, llama_3_8b])
 def test_table_has_a_line_per_layer_and_fits(make):
     plan = allocate(np.random.default_rng(0).lognormal(size=len(make())), make(), solver="DP")

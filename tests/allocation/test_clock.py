@@ -34,10 +34,10 @@ def flops(ranks, sites, forward=2, backward=2, own=6):
     adapted = [s.layer for s, r in zip(sites, ranks, strict=True) if r > 0]
     total = 0
     for s, r in zip(sites, ranks, strict=True):
-        kernel, copies = s.d_in * s.d_out, math.prod(s.stack)
-        total += forward * kernel * copies + own * r * (s.d_in + s.d_out) * copies
+        kernel = s.d_in * s.d_out
+        total += forward * kernel + own * r * (s.d_in + s.d_out)
         if adapted and s.layer >= min(adapted):
-            total += backward * kernel * copies
+            total += backward * kernel
     return total
 
 
@@ -149,12 +149,6 @@ def test_step_time_by_hand():
     assert step_time([0, 0], sites) == 40_000 / 118_400
     slower = TimeModel(forward=2, backward=4, own=60)  # 40,000 + 40,000 a layer + 12,000 a rank
     assert step_time([0, 8], sites, slower) == (40_000 + 40_000 + 96_000) / (120_000 + 384_000)
-
-
-def test_stacked_kernels_are_counted_once_each():
-    stacked = (Site("blocks/q", 10, 20, 0, "q", (12,)), Site("layer_1/q", 10, 20, 1, "q"))
-    assert step_time([0, 2], stacked) == flops([0, 2], stacked) / flops([16, 16], stacked)
-    assert make_clock(stacked).back == {0: 12 * 2 * 200, 1: 2 * 200}
 
 
 def test_half_the_adapters_time_ends_back_propagation_early_and_says_so():

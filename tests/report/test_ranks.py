@@ -98,9 +98,17 @@ def test_same_last_name_and_missing_sites(tmp_path, drawn):
     assert [patch.get_xy() for patch in axes.patches if patch.get_hatch()] == [(1, 1)]
 
 
-def test_stacked_site_is_a_column_of_its_layers(tmp_path, drawn):
-    sites = [Site("layers/wq", 4, 6, 0, "wq", (3,)), Site("layers/wo", 6, 4, 0, "wo", (3,))]
-    plot_ranks({"layers/wq": [2, 0, 5], "layers/wo": 1}, sites, tmp_path / "ranks.png")
+def scanned(layers):
+    return [
+        Site(f"layers/{kind}[{i}]", *size, i, kind)
+        for i in range(layers)
+        for kind, size in (("wq", (4, 6)), ("wo", (6, 4)))
+    ]
+
+
+def test_layers_of_a_scan_are_rows_of_one_column(tmp_path, drawn):
+    ranks = {"layers/wq[0]": 2, "layers/wq[2]": 5, **{f"layers/wo[{i}]": 1 for i in range(3)}}
+    plot_ranks(ranks, scanned(3), tmp_path / "ranks.png")
     numbers = {position: text.get_text() for position, text in cells(drawn[0]).items()}
     assert numbers == {(0, 0): "2", (0, 1): "0", (0, 2): "5", (1, 0): "1", (1, 1): "1", (1, 2): "1"}
     assert drawn[0].axes[0].get_title() == "100 adapter parameters"
@@ -151,8 +159,8 @@ def test_before_and_after_have_the_same_colours_and_removed_sites_are_crossed_ou
 
 
 def test_nothing_removed_needs_no_legend(tmp_path, drawn):
-    sites = [Site("layers/wq", 4, 6, 0, "wq", (2,)), Site("layers/wo", 6, 4, 0, "wo", (2,))]
-    plot_ranks_before_after({"layers/wq": [2, 3]}, {"layers/wq": [2, 1]}, sites, tmp_path / "x.png")
+    before, after = {"layers/wq[0]": 2, "layers/wq[1]": 3}, {"layers/wq[0]": 2, "layers/wq[1]": 1}
+    plot_ranks_before_after(before, after, scanned(2), tmp_path / "x.png")
     assert not drawn[0].legends
     assert "×" not in {text.get_text() for axes in drawn[0].axes for text in axes.texts}
     assert drawn[0].axes[1].get_title() == "after: 30 adapter parameters (60.0 %)"
