@@ -209,7 +209,7 @@ def find_sites(
             f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
             f"numbers and no empty axis; leave it out of the targets"
         )
-    sizes = {site: _matrix(site, tuple(kernels[owners[site]].shape), seen) for site in chosen}
+    sizes = {site: _matrix(site, tuple(kernels[p].shape), seen) for site, p in owners.items() if site in chosen}
     place = {name: i for i, name in enumerate(_ORDER)}
     depths = _depths(owners, list(seen or ()))
     sites = (Site(path, d_in, d_out, depths[path], _Name.of(path).type) for path, (d_in, d_out) in sizes.items())
