@@ -48,6 +48,12 @@ class Site:
     type: str
     stack: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        stack = f", stack {self.stack}" if self.stack else ""
+        return (
+            f"Site({shown(self.path)}, {self.d_in} -> {self.d_out}, layer {self.layer}, type {shown(self.type)}{stack})"
+        )
+
     @property
     def module(self) -> str:
         """The path without an index."""

@@ -20,7 +20,7 @@ from jaxprune.sites import Site
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["a", "e", "b", "held"], meta_fields=["scale", "dropout"]
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Svd(Diagonal):
     """Hold the factors of one site; every leaf has the stacked axes of its kernel in front.
 

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array
 from jaxprune.errors import UsageError, shown
+from jaxprune.reprs import one_line
 from jaxprune.sites import expression, flatten
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Weight:
     """Hold the trained value that stands in for the parameter leaf at its path."""
 
     value: Array
+    __repr__ = one_line
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         """Return the trained value in the dtype of the leaf it replaces."""

@@ -20,7 +20,7 @@ from flax.linen.dtypes import promote_dtype
 
 from jaxprune.adapters import Adapters, Masks, Weight
 from jaxprune.adapters.base import Array, by_leaf, drop, merged
-from jaxprune.adapters.merge import trained
+from jaxprune.adapters.merging import trained
 from jaxprune.attaching.stacking import one_layer, stack
 from jaxprune.errors import UsageError, shown
 from jaxprune.kernels import Kernel, kernel_of

@@ -9,6 +9,7 @@ import jax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.allocation import Plan
+from jaxprune.reprs import fields_line
 from jaxprune.sites import Site
 
 
@@ -33,6 +34,8 @@ class Context(NamedTuple):
     batches: Sequence[Any] = ()
     samples: Sequence[Any] = ()
 
+    __repr__ = fields_line
+
 
 class Start(NamedTuple):
     """What a method starts training with.
@@ -49,6 +52,8 @@ class Start(NamedTuple):
     masks: Masks
     plan: Plan | None
     params: Mapping[str, Any]
+
+    __repr__ = fields_line
 
 
 class Probes(NamedTuple):
@@ -105,6 +110,8 @@ class Method(NamedTuple):
     probes: Probes | None = None
     compact: Callable[..., Any] = lambda state, kept: state
     name: str = ""
+
+    __repr__ = fields_line
 
     def triggers(self, number: int) -> bool:
         """Tell whether there is an event after step `number`."""

@@ -12,6 +12,7 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError
+from jaxprune.reprs import fields_line
 from jaxprune.surgery.components import Place, host, like, map_adapters, map_moments, rebuild
 from jaxprune.surgery.mask import zero_components
 
@@ -33,6 +34,8 @@ class Decision(NamedTuple):
     adapters: Adapters = _NOTHING
     scales: Mapping[str, float] = _NOTHING
     report: Mapping[str, Any] = _NOTHING
+
+    __repr__ = fields_line
 
 
 def apply(

@@ -17,6 +17,7 @@ from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import whole
 from jaxprune.methods.base import Method
 from jaxprune.optim import check_prunable, tailored
+from jaxprune.reprs import state_lines
 from jaxprune.sites import Site
 from jaxprune.surgery import zero_dead
 from jaxprune.train.placement import place, strong
@@ -34,6 +35,8 @@ class TrainState(NamedTuple):
     method_state: Any
     step: jax.Array
     key: jax.Array
+
+    __repr__ = state_lines
 
 
 def init_state(
