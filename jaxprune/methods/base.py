@@ -96,6 +96,8 @@ class Method(NamedTuple):
       probes: what else to measure in the backward pass.
       compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
         `jaxprune.surgery.survivors`, and `jaxprune.surgery.gather` does it for trees shaped like the adapters.
+      removes: what its decisions mask: `"components"`, `"sites"` where they are whole ones always, `"nothing"` where they change
+        adapters alone. The less it is, the more optimizers can follow.
       name: what a checkpoint remembers it by, and refuses another method by; an empty name goes with any.
     """
 
@@ -109,6 +111,7 @@ class Method(NamedTuple):
     view: Callable[..., Any] | None = None
     probes: Probes | None = None
     compact: Callable[..., Any] = lambda state, kept: state
+    removes: str = "components"
     name: str = ""
 
     __repr__ = fields_line

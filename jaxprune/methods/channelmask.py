@@ -130,6 +130,7 @@ def channelmask(
         project=None if target is None else functools.partial(_hold_density, end=end, first=begin, last=target),
         decide=decide,
         events=(end,),
+        removes="nothing",
         name="channelmask",
     )
 
@@ -167,6 +168,7 @@ def uniformmask(
         lambda context: _start(context, channels, rank, alpha, dropout, heads, shared, SETTLED),
         decide=decide,
         events=(end,),
+        removes="nothing",
         name="uniformmask",
     )
 

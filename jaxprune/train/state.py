@@ -75,7 +75,7 @@ def init_state(
             )
         check_mask(path, adapter, masks.get(path))
     if method and method.decide and masks:
-        check_prunable(optimizer, adapters, masks)
+        check_prunable(optimizer, adapters, masks, method.removes)
     method_state = method.init(adapters, masks, sites) if method else ()
     opt_state = tailored(optimizer, adapters).init(adapters)
     return place(TrainState(adapters, masks, opt_state, method_state, jnp.zeros((), jnp.int32), key), mesh=mesh)
