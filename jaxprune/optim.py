@@ -308,6 +308,9 @@ def _spares(chain: optax.GradientTransformation, adapters: Adapters, masks: Mask
         jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), shapes) for _ in range(4)
     )
 
+    def moved_by(tree: Any, updates: Any) -> Any:
+        return optax.apply_updates(tree, updates)
+
     @jax.jit
     def distance(given: Any, slopes: Any) -> jax.Array:
         full = zero_dead(given, ranks)
@@ -317,7 +320,7 @@ def _spares(chain: optax.GradientTransformation, adapters: Adapters, masks: Mask
             slope = zero_dead(slope, ranks)
             updates, state = chain.update(slope, state, full)
             moved, small = chain.update({path: slope[path] for path in less}, small, less)
-            full, less = zero_dead(optax.apply_updates(full, updates), ranks), optax.apply_updates(less, moved)
+            full, less = zero_dead(moved_by(full, updates), ranks), moved_by(less, moved)
         apart = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), {path: full[path] for path in less}, less)
         return jnp.max(jnp.stack(jax.tree.leaves(apart)))
 
@@ -325,17 +328,19 @@ def _spares(chain: optax.GradientTransformation, adapters: Adapters, masks: Mask
         return bool(distance(given, slopes) < 1e-5)
 
 
-def _operations(jaxpr: Any, given: Sequence[Any] = ()) -> tuple[list[tuple[Any, ...]], list[Any]]:
+def _operations(jaxpr: Any, given: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
     """List the operations of a traced program with the numbers they use, without shapes, and the numbers it returns.
 
     What it computes from numbers alone is a number, such as the square root of a size. `given` are the numbers among its
     inputs, None for arrays.
     """
-    known = {var: number for var, number in zip(jaxpr.invars, given, strict=False) if number is not None}
+    known: dict[Any, Any] = {
+        var: number for var, number in zip(jaxpr.invars, given, strict=False) if number is not None
+    }
     at = lambda var: np.asarray(var.val) if isinstance(var, Literal) else known.get(var)  # noqa: E731
     listed = []
     for eqn in jaxpr.eqns:
-        numbers = [at(var) for var in eqn.invars]
+        numbers: list[Any] = [at(var) for var in eqn.invars]
         programs = [program for value in eqn.params.values() for program in _programs(value)]
         if eqn.primitive.name in ("jit", "pjit"):
             inner, returned = _operations(programs[0], numbers)
@@ -347,7 +352,8 @@ def _operations(jaxpr: Any, given: Sequence[Any] = ()) -> tuple[list[tuple[Any, 
             and not eqn.primitive.multiple_results
             and eqn.outvars[0].aval.shape == ()
         ):
-            known[eqn.outvars[0]] = np.asarray(eqn.primitive.bind(*numbers, **eqn.params))
+            found: Any = eqn.primitive.bind(*numbers, **eqn.params)
+            known[eqn.outvars[0]] = np.asarray(found)
         else:
             listed.append((eqn.primitive.name, *(number.tolist() for number in numbers if number is not None)))
             for program in programs:

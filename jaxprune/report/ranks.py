@@ -92,6 +92,27 @@ def rank_table(ranks: Ranks, sites: Sequence[Site]) -> str:
     return f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
+def rank_lines(ranks: Ranks, sites: Sequence[Site], *, letters: bool = False) -> list[str]:
+    """Return the ranks as lines of text, layers down and types across, `.` for 0.
+
+    Args:
+      ranks: {site path: rank}.
+      sites: the sites of the model.
+      letters: head the columns by letters, and say below what they stand for.
+
+    Raises:
+      UsageError: no sites, or a path of `ranks` is not a site.
+    """
+    grid = _grid(ranks, sites)
+    cells = [["" if math.isnan(rank) else f"{rank:.0f}" if rank else "." for rank in row] for row in grid.ranks_LxT]
+    heads = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(grid.types))] if letters else grid.types
+    rows = [["layer", *heads], *([str(layer), *row] for layer, row in zip(grid.layers, cells, strict=True))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    legend = [f"{head}: {name}" for head, name in zip(heads, grid.types, strict=True)] if letters else []
+    return [lines[0], "-" * len(lines[0]), *lines[1:], *legend]
+
+
 def plot_ranks_before_after(
     before: Ranks,
     after: Ranks,
