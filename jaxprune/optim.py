@@ -301,7 +301,8 @@ def _spares(chain: optax.GradientTransformation, adapters: Adapters, masks: Mask
     """Tell whether a chain moves the other sites the same after a site was removed; tried on small arrays."""
     if len(masks) < 2:
         return True
-    shapes, ranks = _small(adapters, masks, 3)
+    shapes, masks_of_ones = _small(adapters, masks, 3)
+    ranks: Any = masks_of_ones
     ranks[next(iter(ranks))][:] = 0
     draw = np.random.default_rng(0)
     given, *slopes = (
