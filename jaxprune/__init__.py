@@ -1,4 +1,47 @@
-"""Low-rank adapters in JAX whose ranks are chosen by optimisation and pruned while they train."""
+"""Low-rank adapters in JAX whose ranks are chosen by optimisation and pruned while they train.
+
+A model stays as it is. What is trained is a plain dict
+{site path: adapter}, with a 0/1 mask for the rank components of each; a
+*site* is one matrix of the model. A *plan* gives every site a rank, and a
+*method* is a tuple of pure functions that makes the plan, and may prune
+while it trains:
+
+    import flax.linen as nn, jax, jax.numpy as jnp, optax, jaxprune as jp
+    model, batch = nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(1)]), jnp.ones((8, 32))
+    params = model.init(jax.random.key(0), batch)["params"]
+    loss, forward = lambda apply, batch, key: jnp.mean(apply(batch) ** 2), jp.attach(model)
+    sites, method, optimizer = jp.find_sites(params), jp.oplora(budget=500), optax.adamw(1e-3)
+    start = method.start(jp.Context(jax.random.key(1), params, sites, forward, loss, [batch]))
+    state = jp.init_state(jax.random.key(2), start.adapters, start.masks, optimizer, method, sites)
+    step = jp.make_step(forward, loss, optimizer, method)
+    state, metrics = step(start.params, state, batch)
+    print(start.plan, state, metrics["loss"])
+
+Printing a plan, a state or an adapter gives a few lines;
+`print(plan.table())` gives all ranks, `plan.plot()` a picture.
+
+The rooms, each with a docstring of its own:
+
+    sites       the matrices of a model
+    adapters    LoRA and its relatives, one file a kind
+    attaching   run a model with adapters
+    scores      what a site is worth
+    allocation  scores and a budget in, ranks out
+    surgery     mask, compact and extract
+    methods     one file a method, with its paper and equations
+    train       state, step, pruning events, loop
+    optim       what adapters ask of an Optax chain
+    checkpoint  save and restore a whole state
+    peft        Hugging Face PEFT folders, both ways
+    models      encoders and their checkpoints
+    report      pictures and pages of runs
+    runs        predict with what a run left
+
+On the command line, `python -m jaxprune inspect FOLDER` says what lies in
+a folder, and `merge` makes adapters and their model an ordinary checkpoint.
+"""
+
+from types import ModuleType as _ModuleType
 
 from jaxprune.adapters import Bottleneck as Bottleneck
 from jaxprune.adapters import Dora as Dora
@@ -73,3 +116,19 @@ from jaxprune.train import make_predict as make_predict
 from jaxprune.train import make_step as make_step
 from jaxprune.train import prune as prune
 from jaxprune.train import training as training
+
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    name for name, value in globals().items() if not (name.startswith("_") or isinstance(value, _ModuleType))
+)
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("jaxprune")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "__version__"} - {"_ModuleType"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxprune.adapters import Adapters, Masks
 from jaxprune.adapters.base import leaves_of
 from jaxprune.adapters.weight import Weight
 from jaxprune.errors import UsageError, reason
-from jaxprune.surgery import compact
+from jaxprune.surgery import compact, zero_dead
 from jaxprune.surgery.components import map_moments
 
 Leaves = frozenset[tuple[str, str]]
@@ -196,24 +196,31 @@ def _stalled(optimizer: optax.GradientTransformation, shapes: Any, leaves: list[
         }
 
 
-def check_prunable(optimizer: optax.GradientTransformation, adapters: Adapters, masks: Masks) -> None:
-    """Refuse a chain that would stop, or train otherwise, when masked components are removed.
+def check_prunable(
+    optimizer: optax.GradientTransformation, adapters: Adapters, masks: Masks, removes: str = "components"
+) -> None:
+    """Refuse a chain that would stop, or train otherwise, when what a method masks is removed.
 
     Args:
       optimizer: any Optax chain.
       adapters: {path: adapter}.
       masks: {site path: mask}.
+      removes: what the method masks, `Method.removes`.
 
     Raises:
       UsageError: its moments have no components, it knows all the sites by name, or its steps depend on how many components
-        there are, as Muon's and Adafactor's do.
+        there are, as Adafactor's do, and Muon's without `consistent_rms`; where whole sites go, on how many sites there are.
     """
+    if removes == "nothing":
+        return
     chain = tailored(optimizer, adapters)
-    map_moments(lambda leaf, at: leaf, jax.eval_shape(chain.init, dict(adapters)), adapters)
-    found, key = _found(optimizer), ("prunable", *sorted(adapters))
+    thin = removes == "components"
+    map_moments(lambda leaf, at: leaf, jax.eval_shape(chain.init, dict(adapters)), adapters, None if thin else ())
+    wide = {path for path, adapter in adapters.items() if path in masks and _wide(adapter)}
+    found, key = _found(optimizer), ("prunable", removes, *sorted(adapters), "wide", *sorted(wide))
     if key not in found:
         try:
-            found[key] = _follows(chain, adapters, masks)
+            found[key] = _follows(chain, adapters, masks, wide, thin) or (not thin and _spares(chain, adapters, masks))
         except UsageError:
             raise
         except Exception as error:
@@ -223,29 +230,44 @@ def check_prunable(optimizer: optax.GradientTransformation, adapters: Adapters, 
             ) from error
     if not found[key]:
         raise UsageError(
-            f"{_named(optimizer, adapters)} makes steps that depend on how many components there are, so training would change "
+            f"{_named(optimizer, adapters)} makes steps that depend on how many {removes} there are, so training would change "
             f"when masked ones are removed; use another, such as optax.adamw, or a method that does not prune"
         )
 
 
-def _follows(chain: optax.GradientTransformation, adapters: Adapters, masks: Masks) -> bool:
+def _wide(adapter: Any) -> bool:
+    """Tell whether there are as many components as a side has entries, or more."""
+    axes = getattr(adapter, "rank_axes", {})
+    leaves = {name: leaf.shape for name, leaf in leaves_of(adapter).items() if name in axes and leaf.ndim > 1}
+    return any(shape[axes[name]] >= shape[-3 - axes[name]] for name, shape in leaves.items())
+
+
+def _small(
+    adapters: Adapters, masks: Masks, rank: int, wide: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return shapes like the adapters', of another rank, and masks of ones.
+
+    A side has more entries than there are components, and less at a wide site.
+    """
+    ranks = {path: np.ones(rank, np.float32) for path in masks}
+
+    def shape(path: str, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        sides, axes = [2 if path in wide else 5] * leaf.ndim, getattr(adapters[path], "rank_axes", {})
+        if path in masks and name in axes:
+            sides[axes[name]] = rank
+        return jax.ShapeDtypeStruct(tuple(sides), leaf.dtype)
+
+    return _by_leaf(adapters, shape), ranks
+
+
+def _follows(
+    chain: optax.GradientTransformation, adapters: Adapters, masks: Masks, wide: Collection[str], thin: bool
+) -> bool:
     """Tell whether a chain computes the same with components removed: the same program, but for shapes, without noise.
 
-    The program with fewer components has one site less too, so that a chain which knows sites by name fails here.
+    The program with fewer components has one site less too, so that a chain which knows sites by name fails here. `thin`:
+    the others have fewer components than they had.
     """
-
-    def small(rank: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        ranks = {path: np.ones((*mask.shape[:-1], rank), np.float32) for path, mask in masks.items()}
-
-        def shape(path: str, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-            # Sides are longer than ranks, as those of kernels are; a stacked site has as many layers as its mask.
-            sides, axes = [5] * leaf.ndim, getattr(adapters[path], "rank_axes", {})
-            if path in masks and name in axes:
-                sides[: masks[path].ndim - 1] = masks[path].shape[:-1]
-                sides[axes[name]] = rank
-            return jax.ShapeDtypeStruct(tuple(sides), leaf.dtype)
-
-        return _by_leaf(adapters, shape), ranks
 
     def update(adapters: Any, state: Any) -> Any:
         return chain.update(adapters, state, adapters)
@@ -258,24 +280,84 @@ def _follows(chain: optax.GradientTransformation, adapters: Adapters, masks: Mas
         return run
 
     programs = []
-    for rank in (3, 2):
-        shapes, ranks = small(rank)
+    for rank in (4, 3):
+        shapes, ranks = _small(adapters, masks, rank, wide)
         state = jax.eval_shape(chain.init, shapes)
-        programs.append(list(_operations(jax.make_jaxpr(update)(shapes, state).jaxpr)))
-        if rank == 3:
-            ranks = {path: mask * np.array([1, 0, 1], np.float32) for path, mask in ranks.items()}
+        traced = jax.make_jaxpr(update)(shapes, state)
+        with jax.ensure_compile_time_eval():
+            programs.append(_operations(traced.jaxpr)[0])
+        if rank == 4:
+            if thin:
+                ranks = {path: mask * np.array([1, 0, 1, 1], np.float32) for path, mask in ranks.items()}
             if len(ranks) > 1:
                 ranks[next(iter(ranks))][:] = 0
             jax.eval_shape(compacted(ranks), shapes)
     return programs[0] == programs[1] and not any("random" in name or "threefry" in name for name, *_ in programs[0])
 
 
-def _operations(jaxpr: Any) -> Iterator[tuple[Any, ...]]:
-    """List the operations of a traced program with the numbers written into them, without shapes."""
+def _spares(chain: optax.GradientTransformation, adapters: Adapters, masks: Masks) -> bool:
+    """Tell whether a chain moves the other sites the same after a site was removed; tried on small arrays."""
+    if len(masks) < 2:
+        return True
+    shapes, masks_of_ones = _small(adapters, masks, 3)
+    ranks: Any = masks_of_ones
+    ranks[next(iter(ranks))][:] = 0
+    draw = np.random.default_rng(0)
+    given, *slopes = (
+        jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), shapes) for _ in range(4)
+    )
+
+    def moved_by(tree: Any, updates: Any) -> Any:
+        return optax.apply_updates(tree, updates)
+
+    @jax.jit
+    def distance(given: Any, slopes: Any) -> jax.Array:
+        full = zero_dead(given, ranks)
+        state = chain.init(full)
+        less, _, small = compact(full, ranks, state, chain)
+        for slope in slopes:
+            slope = zero_dead(slope, ranks)
+            updates, state = chain.update(slope, state, full)
+            moved, small = chain.update({path: slope[path] for path in less}, small, less)
+            full, less = zero_dead(moved_by(full, updates), ranks), moved_by(less, moved)
+        apart = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), {path: full[path] for path in less}, less)
+        return jnp.max(jnp.stack(jax.tree.leaves(apart)))
+
+    with jax.ensure_compile_time_eval():
+        return bool(distance(given, slopes) < 1e-5)
+
+
+def _operations(jaxpr: Any, given: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
+    """List the operations of a traced program with the numbers they use, without shapes, and the numbers it returns.
+
+    What it computes from numbers alone is a number, such as the square root of a size. `given` are the numbers among its
+    inputs, None for arrays.
+    """
+    known: dict[Any, Any] = {
+        var: number for var, number in zip(jaxpr.invars, given, strict=False) if number is not None
+    }
+    at = lambda var: np.asarray(var.val) if isinstance(var, Literal) else known.get(var)  # noqa: E731
+    listed = []
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name, *(np.asarray(var.val).tolist() for var in eqn.invars if isinstance(var, Literal))
-        for program in (program for value in eqn.params.values() for program in _programs(value)):
-            yield from _operations(program)
+        numbers: list[Any] = [at(var) for var in eqn.invars]
+        programs = [program for value in eqn.params.values() for program in _programs(value)]
+        if eqn.primitive.name in ("jit", "pjit"):
+            inner, returned = _operations(programs[0], numbers)
+            listed += inner
+            known |= {var: number for var, number in zip(eqn.outvars, returned, strict=True) if number is not None}
+        elif (
+            all(number is not None and number.ndim == 0 for number in numbers)
+            and not programs
+            and not eqn.primitive.multiple_results
+            and eqn.outvars[0].aval.shape == ()
+        ):
+            found: Any = eqn.primitive.bind(*numbers, **eqn.params)
+            known[eqn.outvars[0]] = np.asarray(found)
+        else:
+            listed.append((eqn.primitive.name, *(number.tolist() for number in numbers if number is not None)))
+            for program in programs:
+                listed += _operations(program)[0]
+    return listed, [at(var) for var in jaxpr.outvars]
 
 
 def _named(optimizer: optax.GradientTransformation, adapters: Adapters) -> str:

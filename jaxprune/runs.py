@@ -151,7 +151,7 @@ def load_run(folder: str | os.PathLike[str], *, model: str | os.PathLike[str] | 
         raise UsageError(
             f"{str(given)!r} holds no finished run: there is no {PREDICT} in it, in adapter/ or in model/; end the run first"
         )
-    reading = _read(part / PREDICT)
+    reading = read_reading(part / PREDICT)
     whole_model = (part / CONFIG).is_file()
     if model is None and not whole_model and reading.base_model is None:
         raise UsageError(
@@ -181,7 +181,8 @@ def load_run(folder: str | os.PathLike[str], *, model: str | os.PathLike[str] | 
     )
 
 
-def _read(path: Path) -> Reading:
+def read_reading(path: Path) -> Reading:
+    """Read `predict.json`; a damaged one is a UsageError."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         reading = Reading(**{**said, "texts": tuple(said["texts"]), "labels": tuple(said["labels"])})

@@ -45,6 +45,9 @@ class Site:
     layer: int
     type: str
 
+    def __repr__(self) -> str:
+        return f"Site({shown(self.path)}, {self.d_in} -> {self.d_out}, layer {self.layer}, type {shown(self.type)})"
+
     @property
     def module(self) -> str:
         """The path without an index."""

@@ -358,7 +358,7 @@ SAVING = {
     "a list for a task type": (save(task_type=["SEQ_CLS"]), r"task_type \['SEQ_CLS'\] cannot be used"),
     "an unknown profile": (save(profile=["vllm"]), r"profile \['vllm'\] is unknown"),
     "torch paths of text": (save(torch_paths="x"), "torch_paths 'x' cannot be used"),
-    "torch paths of numbers": (save(torch_paths={s.path: 5 for s in SITES}), "torch_paths has 5 for 'layer_0/fc1'; expected one module path"),
+    "torch paths of numbers": (save(torch_paths={s.path: 5 for s in SITES}), "has 5 for 'layer_0/fc1'; expected one module"),
     "initial adapters in a list": (save(initial=[1]), r"adapters \[1\] cannot be used"),
     "parameters in a list": (save(params=[1]), "the parameters are a list"),
     "ranks of text to draw": (lambda: report.plot_ranks("x", SITES, "a.png"), "ranks 'x' cannot be used"),

@@ -150,6 +150,7 @@ FOLLOWS = {
     "clipped": lambda tree: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(0, RATE, 9))),
     "every second": lambda tree: optax.MultiSteps(optax.adamw(RATE), 2).gradient_transformation(),
     "injected": lambda tree: optax.inject_hyperparams(optax.adamw)(learning_rate=RATE),
+    "muon": lambda tree: contrib.muon(RATE, consistent_rms=0.2),
 }
 REFUSED = {
     "masked": (
@@ -176,14 +177,14 @@ def test_a_chain_that_follows_makes_the_same_steps_after_compaction(name):
     check_prunable(optimizer := FOLLOWS[name](adapters), adapters, masks)
     chain = tailored(optimizer, adapters)
     dead = {"layer_0/fc1": np.array([1.0, 0, 1]), "layer_1/fc1": np.zeros(3)}
-    state = chain.init(adapters)
-    updates, state = chain.update(gated(0.3), state, adapters)
+    state, update = chain.init(adapters), jax.jit(chain.update)
+    updates, state = update(gated(0.3), state, adapters)
     adapters, masks, state = apply(Decision(dead), optax.apply_updates(adapters, updates), masks, state, chain)
     kept, (small, _, less) = survivors(masks), compact(adapters, masks, state, chain)
     slopes = zero_dead(gated(0.2), masks)
     for _ in range(3):
-        updates, state = chain.update(slopes, state, adapters)
-        small_updates, less = chain.update(gather(slopes, kept), less, small)
+        updates, state = update(slopes, state, adapters)
+        small_updates, less = update(gather(slopes, kept), less, small)
         adapters, small = optax.apply_updates(adapters, updates), optax.apply_updates(small, small_updates)
     for a, b in zip(jax.tree.leaves(gather(adapters, kept)), jax.tree.leaves(small), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -198,6 +199,75 @@ def test_a_chain_that_cannot_follow_is_refused_before_training(name):
         jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, jp.prunedlora(rank=3, target=1))
     assert "\n" not in str(caught.value)
     jp.init_state(jax.random.key(0), start.adapters, start.masks, make(start.adapters), jp.lora(rank=3))
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_muon_at_a_site_with_as_many_components_as_entries_is_refused(rank):
+    """Its steps are as large as the root of the longer side, which is then the rank."""
+    adapters = {"s": jp.Lora(jnp.ones((8, rank)), jnp.ones((rank, 4)), 2.0)}
+    with pytest.raises(jp.UsageError, match="how many components"):
+        check_prunable(contrib.muon(RATE, consistent_rms=0.2), adapters, {"s": jnp.ones(rank)})
+
+
+def test_a_method_that_only_changes_adapters_takes_any_chain():
+    """Channel masks under Muon and SM3, whose steps would not survive the loss of a component."""
+    for optimizer in contrib.muon(RATE), optax.sm3(RATE):
+        method = jp.uniformmask(total_steps=4, channels=("fc1",))
+        world = begin(method, optimizer=optimizer)
+        one = other = world.state
+        for number in range(1, 5):
+            one, other = (world.step(world.params, state, world.batch)[0] for state in (one, other))
+            (one, decision), (other, _) = (jp.prune(state, method, optimizer, world.context) for state in (one, other))
+            assert (decision is not None) == (number == 2)
+            other = jp.compacted(other, method, optimizer)
+        jax.tree.map(np.testing.assert_array_equal, one.adapters, other.adapters)
+
+
+def test_adafactor_follows_where_whole_sites_go():
+    """Factored moments of a site go with it; those of the others stay."""
+    draw = np.random.default_rng(0)
+    leaf = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)  # noqa: E731
+    tree = lambda: {f"layer_{i}/fc1": jp.Lora(leaf(9, 5), leaf(5, 7), 2.0) for i in range(3)}  # noqa: E731
+    adapters, slopes = tree(), tree()
+    masks = {path: jnp.ones(5) for path in adapters}
+    optimizer = optax.adafactor(RATE, min_dim_size_to_factor=4, momentum=0.9)
+    with pytest.raises(jp.UsageError, match="components cannot be told"):
+        check_prunable(optimizer, adapters, masks)
+    check_prunable(optimizer, adapters, masks, "sites")
+    state, update = optimizer.init(adapters), jax.jit(optimizer.update)
+    updates, state = update(slopes, state, adapters)
+    dead = Decision({"layer_1/fc1": np.zeros(5)})
+    adapters, masks, state = apply(dead, optax.apply_updates(adapters, updates), masks, state, optimizer)
+    small, _, less = compact(adapters, masks, state, optimizer)
+    for _ in range(3):
+        slopes = zero_dead(tree(), masks)
+        updates, state = update(slopes, state, adapters)
+        small_updates, less = update({path: slopes[path] for path in small}, less, small)
+        adapters = zero_dead(optax.apply_updates(adapters, updates), masks)
+        small = optax.apply_updates(small, small_updates)
+    assert len(small) == 2 and len(jax.tree.leaves(less)) < len(jax.tree.leaves(state))
+    for path, adapter in small.items():
+        np.testing.assert_allclose(adapter.a, adapters[path].a, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(adapter.b, adapters[path].b, rtol=1e-5, atol=1e-7)
+
+
+def by_mean_of_all():
+    """A chain whose steps depend on the mean over everything that is trained."""
+
+    def update(updates, state, params=None):
+        mean = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(updates)) / sum(
+            x.size for x in jax.tree.leaves(updates)
+        )
+        return jax.tree.map(lambda x: x * mean, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_a_chain_that_counts_everything_is_refused_where_whole_sites_go():
+    adapters = gated()
+    for removes in "components", "sites":
+        with pytest.raises(jp.UsageError, match=f"how many {removes}"):
+            check_prunable(by_mean_of_all(), adapters, masks_of(adapters), removes)
 
 
 def test_it_is_found_out_once():

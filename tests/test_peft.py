@@ -1,15 +1,17 @@
 import json
 import shutil
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxprune.adapters import Lora
+from jaxprune.adapters import Lora, init_lora
 from jaxprune.errors import UsageError
 from jaxprune.peft import load_peft, save_peft
-from jaxprune.sites import Site
+from jaxprune.sites import Site, find_sites
 
 RNG = np.random.default_rng(0)
 SHAPES = {"query": (16, 16), "value": (16, 16), "fc1": (16, 32), "fc2": (32, 16)}
@@ -320,3 +322,30 @@ def test_missing_head_is_a_mismatch(folder):
     rewrite(folder, tensors={"base_model.model.head.out.weight": None})
     with pytest.raises(UsageError, match="head.out.weight is missing"):
         load_peft(folder, SITES[:4], torch_paths=torch_paths)
+
+
+class Pictures(nn.Module):
+    """An embedding, a convolution, attention's kernels of three axes, and a linear layer."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(20, 8, name="words")(ids)
+        x = nn.Conv(8, (3,), name="window")(x)
+        x = nn.DenseGeneral((2, 4), name="query")(x).reshape(*ids.shape, 8)
+        return nn.Dense(8, name="fc1")(x)
+
+
+@pytest.mark.parametrize("target, what", [("words", "an embedding"), ("window", r"a kernel of shape \(3, 8, 8\)")])
+def test_embeddings_and_convolutions_are_refused(target, what, tmp_path):
+    model, ids = Pictures(), jnp.ones((2, 5), jnp.int32)
+    params = model.init(jax.random.key(0), ids)["params"]
+    call = lambda params: model.apply({"params": params}, ids)  # noqa: E731
+    for targets in ["fc1", "query"], ["fc1", target]:
+        sites = find_sites(params, targets, call=call)
+        adapters, masks = init_lora(jax.random.key(0), sites, {site.path: 2 for site in sites})
+        if target not in targets:
+            save_peft(adapters, masks, tmp_path / "linear", params=params, task_type=None)
+            continue
+        with pytest.raises(UsageError, match=f"'{target}' lies on {what}.* merge the adapters") as caught:
+            save_peft(adapters, masks, tmp_path / "other", params=params, task_type=None)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["linear"]

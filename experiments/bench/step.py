@@ -3,6 +3,9 @@
 All train the same architecture with random weights, float32, AdamW, no dropout, on the same batch of full rows, and the head.
 They run in turn in one session, one step each, so that a machine whose speed drifts slows all. The peer trains LoRA on all
 six kinds of linear layers in its own interpreter (`--peer-python`, with torch and peft installed).
+
+After every round each side times plain products of the step's sizes. A second table has what a step of LoRA computes, by
+arithmetic, and which share of the rate of its own products a side reaches.
 """
 
 from __future__ import annotations
@@ -62,17 +65,21 @@ def main(arguments: list[str]) -> None:
         _time(config, settings, peer)
 
 
-def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[], float] | None) -> None:
+def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[str], float] | None) -> None:
     world = setting(config.size, config.batch, config.length)
     sides = {each.method: our_step(world, each) for each in settings}
+    products = {"jaxprune": our_products(config)}
     if peer:
-        sides["PEFT"] = peer
+        sides["PEFT"] = lambda: peer("step")
+        products["PEFT"] = lambda: peer("products")
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    plain: dict[str, list[float]] = {name: [] for name in products}
     for number in range(config.steps + 2):
-        for name, step in sides.items():
-            taken = step()
-            if number >= 2:
-                seconds[name].append(taken)
+        for times, timed in (seconds, sides), (plain, products):
+            for name, once in timed.items():
+                taken = once()
+                if number >= 2:
+                    times[name].append(taken)
     tokens = config.batch * config.length
     ranks = "the methods' own ranks" if config.rank is None else f"rank {config.rank}"
     print(f"{config.size}, {config.batch} x {config.length} tokens, {ranks}, float32, {config.steps} steps each")
@@ -83,6 +90,102 @@ def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[],
         print(
             f"{name:11s} {median:9.3f} {min(values):8.3f} {max(values):8.3f} {tokens / median:10,.0f} {median / first:9.2f}"
         )
+    lora = next((each for each in settings if each.method == "lora"), None)
+    if lora is None:
+        return
+    print(f"\n{'':11s} GFLOP a step: forward  backward  adapters  GFLOP/s  of plain products  share")
+    for name, side in (("lora", "jaxprune"), ("PEFT", "PEFT")):
+        if side not in plain:
+            continue
+        # PEFT's rank is that of --rank or of experiments.glue, as the peer is told.
+        rank = (lora.rank if side == "jaxprune" else config.rank) or int(DEFAULTS["rank"])
+        _, width, layers, _, mlp = SIZES[config.size]
+        work = step_flops(width, layers, mlp, config.batch, config.length, rank, last_row=side == "jaxprune")
+        rate = sum(work) / np.median(seconds[name]) / 1e9
+        own = product_flops(config) / np.median(plain[side]) / 1e9
+        forward, backward, adapters = (part / 1e9 for part in work)
+        print(
+            f"{name:11s} {forward:21.2f} {backward:9.2f} {adapters:9.2f} {rate:8.1f} {own:18.1f} {100 * rate / own:5.0f} %"
+        )
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one training step: products of the frozen model, and those that adapters add."""
+
+    forward: float
+    backward: float
+    adapters: float
+
+
+def step_flops(
+    width: int, layers: int, mlp: int, batch: int, length: int, rank: int, *, last_row: bool, classes: int = 2
+) -> Flops:
+    """Count the products of a training step of LoRA on all six linears of every layer of a BERT encoder.
+
+    A product of (n, i) and (i, o) is 2 n i o. Backward goes through every product for its input, but for the lowest layer's
+    queries, keys and values, whose input is not trained; no gradient of a frozen kernel is formed. Attention has two products
+    forward and four backward. An adapter has three times 2 n r (i + o), less where its input needs no gradient. The head's
+    trained kernel of `width` to `width` and that to the classes are with the frozen model.
+
+    Args:
+      width: of the model.
+      layers: how many.
+      mlp: width of the MLP.
+      batch: rows.
+      length: tokens of a row.
+      rank: of every adapter.
+      last_row: whether the last layer computes queries, outputs and MLP of the first tokens alone, as here, but not in
+        `transformers`.
+      classes: outputs of the head.
+    """
+    tokens = batch * length
+    forward = backward = adapters = 0.0
+    for layer in range(layers):
+        first = last_row and layer == layers - 1
+        rows = batch if first else tokens
+        sites = [  # rows, d_in, d_out, whether it reads the input of the layer
+            (rows, width, width, True), (tokens, width, width, True), (tokens, width, width, True),
+            (rows, width, width, False), (rows, width, mlp, False), (rows, mlp, width, False),
+        ]  # fmt: skip
+        for n, d_in, d_out, reads_input in sites:
+            needed = layer > 0 or not reads_input
+            forward += 2 * n * d_in * d_out
+            backward += 2 * n * d_in * d_out * needed
+            adapters += 2 * n * rank * (3 * (d_in + d_out) - d_in * (not needed))
+        attention = 2 * rows * length * width
+        forward += 2 * attention
+        backward += 4 * attention
+    head = 2 * batch * width * (width + classes)
+    return Flops(forward + head, backward + 2 * head, adapters)
+
+
+def _products(config: StepConfig) -> list[tuple[int, int, int]]:
+    """Return the sizes (n, i, o) of the products that most of a step is."""
+    _, width, _, _, mlp = SIZES[config.size]
+    tokens = config.batch * config.length
+    return [(tokens, width, width), (tokens, width, mlp), (tokens, mlp, width)]
+
+
+def product_flops(config: StepConfig) -> int:
+    """Count the operations of the plain products that both sides time."""
+    return sum(2 * n * i * o for n, i, o in _products(config))
+
+
+def our_products(config: StepConfig) -> Callable[[], float]:
+    """Return a function that computes the plain products, one after the other, and returns their seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    pairs = [(jnp.ones((n, i)), jnp.ones((i, o))) for n, i, o in _products(config)]
+    multiply = jax.jit(jnp.matmul)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for x, kernel in pairs:
+            jax.block_until_ready(multiply(x, kernel))
+        return time.perf_counter() - begin
+
+    return run
 
 
 class Setting(NamedTuple):
@@ -162,13 +265,13 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
 
 
 @contextlib.contextmanager
-def peer_step(config: StepConfig) -> Iterator[Callable[[], float]]:
-    """Start the other side, a process that trains one step for every line it reads; give a function that has it do so."""
+def peer_step(config: StepConfig) -> Iterator[Callable[[str], float]]:
+    """Start the other side, a process that does what each line it reads says; give a function that has it do so."""
     vocab, width, layers, heads, mlp = SIZES[config.size]
     settings = dict(
         family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=mlp, batch=config.batch, length=config.length,
-        rank=DEFAULTS["rank"] if config.rank is None else config.rank,
+        rank=DEFAULTS["rank"] if config.rank is None else config.rank, products=_products(config),
     )  # fmt: skip
     # By its text: run as a file, the names of its neighbours would stand before those of installed packages.
     script = Path(__file__).with_name("_peer_step.py").read_text()
@@ -181,10 +284,10 @@ def peer_step(config: StepConfig) -> Iterator[Callable[[], float]]:
     except OSError as error:
         raise UsageError(f"--peer-python {config.peer_python!r} cannot be run ({error.strerror})") from None
 
-    def step() -> float:
+    def step(what: str) -> float:
         assert process.stdin and process.stdout
         try:
-            process.stdin.write("\n")
+            process.stdin.write(f"{what}\n")
             process.stdin.flush()
             return float(process.stdout.readline())
         except (BrokenPipeError, ValueError):

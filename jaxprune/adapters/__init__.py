@@ -16,8 +16,8 @@ from jaxprune.adapters.lora import Lora as Lora
 from jaxprune.adapters.lora import init_lora as init_lora
 from jaxprune.adapters.lorafa import LoraFA as LoraFA
 from jaxprune.adapters.lorafa import to_lorafa as to_lorafa
-from jaxprune.adapters.merge import count as count
-from jaxprune.adapters.merge import merge as merge
+from jaxprune.adapters.merging import count as count
+from jaxprune.adapters.merging import merge as merge
 from jaxprune.adapters.shared import SharedLora as SharedLora
 from jaxprune.adapters.svd import Svd as Svd
 from jaxprune.adapters.svd import init_svd as init_svd

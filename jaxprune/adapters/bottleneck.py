@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxprune.adapters.base import Array, key_for, matmul
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_plan, check_sites
+from jaxprune.reprs import one_line
 from jaxprune.sites import Site
 
 ACTIVATIONS = {
@@ -30,7 +31,7 @@ ACTIVATIONS = {
     data_fields=["down", "down_bias", "up", "up_bias"],
     meta_fields=["activation"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bottleneck:
     """Hold the two layers of one site with d outputs.
 
@@ -49,6 +50,7 @@ class Bottleneck:
     activation: str = "gelu"
 
     rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"down": -1, "down_bias": -1, "up": -2})
+    __repr__ = one_line
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W: the bottleneck comes after the bias."""

@@ -39,7 +39,7 @@ GONE = -1e6
     data_fields=["a", "b", "magnitude", "logits"],
     meta_fields=["scale", "dropout", "residual", "heads"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskedDora(Dora):
     """Hold the factors, the magnitude and the channel logits of one site.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array
 from jaxprune.adapters.lora import Lora
+from jaxprune.reprs import one_line
 
 
 class Diagonal:
@@ -18,6 +19,7 @@ class Diagonal:
     scale: float
     dropout: float
     diagonal: ClassVar[str]
+    __repr__ = one_line
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W + s ((dropout(x) A) * g * m) B."""

@@ -30,7 +30,7 @@ from jaxprune.sites import flatten, layer_of, leaf_at, split
     data_fields=["a", "b", "magnitude"],
     meta_fields=["scale", "dropout", "residual"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dora(Lora):
     """Hold the factors and the magnitude of one site.
 

@@ -17,7 +17,7 @@ from jaxprune.sites import Site
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "gate", "b"], meta_fields=["scale", "dropout"])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gated(Diagonal):
     """Hold the factors and the gates of one site.
 

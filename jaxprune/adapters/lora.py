@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, key_for, matmul
 from jaxprune.inputs import check_dropout, check_factor, check_plan, check_sites
+from jaxprune.reprs import one_line
 from jaxprune.sites import Site
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "dropout", "residual"]
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lora:
     """Hold the factors of one site.
 
@@ -39,6 +40,7 @@ class Lora:
     residual: bool = False
 
     rank_axes: ClassVar[Mapping[str, int]] = MappingProxyType({"a": -1, "b": -2})
+    __repr__ = one_line
 
     @property
     def rank(self) -> int:

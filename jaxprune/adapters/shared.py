@@ -18,7 +18,7 @@ _SETTINGS = [field.name for field in dataclasses.fields(Lora) if field.name not 
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_LEAVES, meta_fields=[*_SETTINGS, "members"])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SharedLora(Lora):
     """Hold the factors, once, at the path of one of the sites that use them; a method's `view` spreads them.
 

@@ -18,7 +18,7 @@ from jaxprune.sites import Site
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "e", "b"], meta_fields=["scale", "dropout"])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Svd(Diagonal):
     """Hold the factors of one site.
 

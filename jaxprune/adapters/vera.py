@@ -23,6 +23,7 @@ from jaxprune.adapters.base import Adapters, Array, drop, key_for, matmul
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_dropout, check_plan, check_sites, real, whole
+from jaxprune.reprs import one_line
 from jaxprune.sites import Site
 
 # No site can have this path: it names no module.
@@ -30,7 +31,7 @@ SHARED = "vera shared pair"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=[])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """Hold the frozen matrices: a (d_in, r) and b (r, d_out)."""
 
@@ -38,6 +39,7 @@ class Pair:
     b: Array
 
     frozen: ClassVar[tuple[str, ...]] = ("a", "b")
+    __repr__ = one_line
 
     def count(self, mask: Array | None) -> int:
         """Count nothing: it is not trained."""
@@ -45,7 +47,7 @@ class Pair:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["d", "b", "pair"], meta_fields=["d_in", "dropout"])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Vera:
     """Hold the vectors of one site.
 
@@ -62,6 +64,7 @@ class Vera:
     d_in: int
     dropout: float = 0.0
     pair: Pair | None = None
+    __repr__ = one_line
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W + ((dropout(x) A * d) B) * b."""

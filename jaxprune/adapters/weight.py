@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxprune.adapters.base import Adapters, Array
 from jaxprune.errors import UsageError, nearest, shown
+from jaxprune.reprs import one_line
 from jaxprune.sites import expression, flatten, with_leaves
 
 Weights = Mapping[str, Array]
@@ -23,11 +24,12 @@ NONE: Weights = MappingProxyType({})
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Weight:
     """A weight among adapters, as an optimizer sees it."""
 
     value: Array
+    __repr__ = one_line
 
 
 def joined(adapters: Adapters, weights: Weights) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import FLOPS, MEASURED, Clock, TimeModel, make_clock, step_time
-from jaxprune.allocation.knapsack import knapsack
+from jaxprune.allocation.dynamic import knapsack
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
 from jaxprune.allocation.pruning import prune_problem
 from jaxprune.allocation.result import Plan, uniform_plan
-from jaxprune.allocation.solve import SOLVERS, allocate, solve
+from jaxprune.allocation.solving import SOLVERS, allocate, solve
 
 __all__ = [
     "FLOPS",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxprune.inputs import check_rank_of_each, check_sites
 from jaxprune.sites import Site
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WIDTH = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """An integer rank per site.
 
@@ -40,9 +46,44 @@ class Plan:
     solver: str
     budget: int
     cost: int
-    sites: tuple[Site, ...] = field(repr=False)
+    sites: tuple[Site, ...]
     warnings: tuple[str, ...] = ()
     time: float | None = None
+
+    def __repr__(self) -> str:
+        ranks = [rank for rank in self.ranks.values() if rank]
+        span = f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+        return (
+            f"Plan({len(ranks)} of {len(self.ranks)} sites, {span}, {self.cost:,} of {self.budget:,} parameters, "
+            f"{self.solver})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the table of ranks for a notebook, darker where a rank is higher."""
+        from jaxprune.report.ranks import rank_table
+
+        return f"{rank_table(self.ranks, self.sites)}<p>{html.escape(self.summary())}<br>{html.escape(self.status)}</p>"
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "Ranks") -> Figure:
+        """Draw the ranks, layers down and types across, as `jaxprune.report.plot_ranks` does.
+
+        Args:
+          path: PNG file to write as well.
+          title: first line of the title.
+
+        Raises:
+          UsageError: the file cannot be written.
+
+        Returns:
+          The figure, which a notebook shows.
+        """
+        from jaxprune.report.figure import write_figure
+        from jaxprune.report.ranks import draw_ranks
+
+        figure = draw_ranks(self.ranks, self.sites, title=title, budget=self.budget or None)
+        if path is not None:
+            write_figure(path, figure)
+        return figure
 
     def table(self) -> str:
         """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 100 columns.
@@ -71,13 +112,17 @@ class Plan:
             if len(lines[0]) <= WIDTH:
                 break
         rule = "-" * len(lines[0])
-        adapted = [s for s in self.sites if self.ranks[s.path]]
-        summary = (
-            f"{len(adapted)} of {len(self.sites)} sites in {len({s.layer for s in adapted})} of {len(layers)} layers, "
+        timing = [] if self.time is None else [time_line(self.time, self.ranks, self.sites)]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], self.summary(), *timing])
+
+    def summary(self) -> str:
+        """Say in one sentence how many sites and layers are adapted, with how many parameters."""
+        adapted = [site for site in self.sites if self.ranks[site.path]]
+        layers = [len({site.layer for site in some}) for some in (adapted, self.sites)]
+        return (
+            f"{len(adapted)} of {len(self.sites)} sites in {layers[0]} of {layers[1]} layers, "
             f"{self.cost:,} of {self.budget:,} adapter parameters"
         )
-        timing = [] if self.time is None else [time_line(self.time, self.ranks, self.sites)]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], summary, *timing])
 
 
 def time_line(time: float, ranks: Mapping[str, int], sites: Sequence[Site]) -> str:

@@ -9,6 +9,7 @@ import jax
 
 from jaxprune.adapters import Adapters, Masks, Weights
 from jaxprune.allocation import Plan
+from jaxprune.reprs import fields_line
 from jaxprune.sites import Site
 
 
@@ -33,6 +34,8 @@ class Context(NamedTuple):
     batches: Sequence[Any] = ()
     samples: Sequence[Any] = ()
 
+    __repr__ = fields_line
+
 
 class Start(NamedTuple):
     """What a method starts training with.
@@ -51,6 +54,8 @@ class Start(NamedTuple):
     masks: Masks
     plan: Plan | None
     params: Mapping[str, Any]
+
+    __repr__ = fields_line
 
 
 class Probes(NamedTuple):
@@ -93,6 +98,8 @@ class Method(NamedTuple):
       probes: what else to measure in the backward pass.
       compact: `compact(state, kept) -> state` where the method's state has rank axes of its own; `kept` is from
         `jaxprune.surgery.survivors`, and `jaxprune.surgery.gather` does it for trees shaped like the adapters.
+      removes: what its decisions mask: `"components"`, `"sites"` where they are whole ones always, `"nothing"` where they change
+        adapters alone. The less it is, the more optimizers can follow.
       name: what a checkpoint remembers it by, and refuses another method by; an empty name goes with any.
     """
 
@@ -106,7 +113,10 @@ class Method(NamedTuple):
     view: Callable[..., Any] | None = None
     probes: Probes | None = None
     compact: Callable[..., Any] = lambda state, kept: state
+    removes: str = "components"
     name: str = ""
+
+    __repr__ = fields_line
 
     def triggers(self, number: int) -> bool:
         """Tell whether there is an event after step `number`."""

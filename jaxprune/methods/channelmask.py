@@ -134,6 +134,7 @@ def channelmask(
         project=None if target is None else functools.partial(_hold_density, end=end, first=begin, last=target),
         decide=decide,
         events=(end,),
+        removes="nothing",
         name="channelmask",
     )
 
@@ -183,6 +184,7 @@ def uniformmask(
         lambda context: _start(context, channels, rank, alpha, dropout, heads, shared, SETTLED),
         decide=decide,
         events=(end,),
+        removes="nothing",
         name="uniformmask",
     )
 

@@ -254,6 +254,7 @@ def g2r2(
         events=events,
         probes=probes,
         compact=compact,
+        removes="sites",
         name="g2r2",
     )
 

@@ -20,7 +20,7 @@ from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_name
-from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten
+from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten, leaf_at, split, stacked_axes
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # PEFT takes these modules for trained heads, whatever the configuration says, and cannot load a folder without them.
@@ -66,16 +66,17 @@ def save_peft(
         on the host (`jax.device_get`), since a training step donates its state.
       torch_paths: {module path: module path in the PyTorch model}; by default `/` becomes `.`. The module of
         scanned layers needs a pattern with `{}` for the layer's number, or a sequence with a path for every layer.
-      params: the model's parameters. PEFT saves a head whole; leaves of it that were not trained are taken from here.
+      params: the model's parameters. PEFT saves a head whole; leaves of it that were not trained are taken from here. They also
+        tell adapters of embeddings and convolutions from those of linear layers.
       base_model: name or folder of the checkpoint the adapters belong to.
       task_type: PEFT's name of the task; `SEQ_CLS` goes with a head, `CAUSAL_LM` or None without.
       profile: `"peft"`, or `"vllm"` to refuse what vLLM could not load.
       beside: {name: content} of further files to write into the folder, such as a model card.
 
     Raises:
-      UsageError: the format cannot express the adapters (a kind that is no LoRA, LoRA beside DoRA, biases or whole weights
-        trained outside the head), `initial` or the head is incomplete, a path is missing in `torch_paths`, the folder
-        cannot be written or holds other files.
+      UsageError: the format cannot express the adapters (a kind that is no LoRA, LoRA beside DoRA, embeddings, convolutions,
+        biases or whole weights trained outside the head), `initial` or the head is incomplete, a path is missing in
+        `torch_paths`, the folder cannot be written or holds other files.
     """
     check_mappings(adapters, masks)
     if initial is not None:
@@ -94,6 +95,7 @@ def save_peft(
             f"{len(doras)} adapters are DoRA and {len(loras) - len(doras)} are LoRA, which no PEFT folder holds together; "
             f"merge the adapters into the parameters and save those"
         )
+    _check_linear(loras, flatten(params or {}))
     outside = [path for path in weights if not re.search(DEFAULT_EXCLUDE, path.rpartition("/")[0])]
     if outside:
         raise UsageError(
@@ -145,6 +147,24 @@ def save_peft(
         _verify(new, loras, masks, torch_paths, head, magnitudes)
         for name, content in beside.items():
             (new / name).write_bytes(content)
+
+
+def _check_linear(loras: Mapping[str, Lora], leaves: Mapping[str, Any]) -> None:
+    """Refuse the adapter of an embedding or of a convolution: PEFT has other tensors there than for a linear layer."""
+    for path, adapter in loras.items():
+        leaf = leaf_at(leaves, path)
+        if leaf is None:
+            continue
+        stacked, shape = stacked_axes(split(path)[1]), leaves[leaf].shape
+        own = [size for axis, size in enumerate(shape) if axis not in stacked]
+        embedding = leaf.endswith("/embedding")
+        if embedding or (len(own) > 2 and own[0] != adapter.a.shape[0]):
+            what = "an embedding" if embedding else f"a kernel of shape {tuple(shape)}, as convolutions have"
+            hint = "" if embedding else ", or leave params out where its PyTorch module is a linear layer"
+            raise UsageError(
+                f"the adapter at {shown(path)} lies on {what}, which cannot be written as PEFT's LoRA of a linear layer; merge "
+                f"the adapters into the parameters and save those{hint}"
+            )
 
 
 def _as_written(adapters: Adapters, masks: Masks, initial: Adapters | None) -> tuple[dict[str, Lora], dict[str, Any]]:

@@ -15,12 +15,26 @@ if TYPE_CHECKING:
 DPI = 150
 
 
+def new_figure(inches: tuple[float, float]) -> Figure:
+    """Return an empty figure that a notebook shows as a PNG, without pyplot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+    figure._repr_png_ = lambda: png(figure)  # pyright: ignore[reportAttributeAccessIssue]
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
 def write_figure(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write a figure as a PNG.
 
     Raises:
       UsageError: the file cannot be written.
     """
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(Path(path), picture.getvalue())
+    write_whole(Path(path), png(figure))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_budget
-from jaxprune.report.figure import DPI, write_figure
+from jaxprune.report.figure import new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,6 @@ def draw_pruning(
     budget: int | None = None,
 ) -> Figure:
     """Return the figure that `plot_pruning` writes."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     for name, entries in ("history", history), ("events", events):
@@ -71,7 +70,7 @@ def draw_pruning(
     events = sorted(events, key=lambda event: event["step"])
     end = max([1, *(entry["step"] for entry in [*history, *events])])
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
+    figure = new_figure((7.2, 4.2))
     left = figure.add_subplot()
     left.set_xlim(0, 1.015 * end)
     left.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.inputs import check_budget, check_sites, whole
-from jaxprune.report.figure import DPI, write_figure
+from jaxprune.report.figure import new_figure, write_figure
 from jaxprune.sites import Site
 
 if TYPE_CHECKING:
@@ -46,21 +47,69 @@ def plot_ranks(
     Raises:
       UsageError: no sites, a path of `ranks` is not a site, or the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    write_figure(path, draw_ranks(ranks, sites, title=title, budget=budget))
 
+
+def draw_ranks(ranks: Ranks, sites: Sequence[Site], *, title: str = "Ranks", budget: int | None = None) -> Figure:
+    """Return the figure that `plot_ranks` writes; arguments and errors are the same."""
     budget = None if budget is None else check_budget(budget)
     grid = _grid(ranks, sites)
     params = _count(ranks, sites)
     share = f", {100 * params / budget:.1f} % of the budget of {budget:,}" if budget else ""
     width, height = grid.inches
-    figure = Figure(figsize=(max(width + 1.9, 5.4), height), dpi=DPI, layout="constrained")
+    figure = new_figure((max(width + 1.9, 5.4), height))
     axes = figure.add_subplot()
     image = _draw(axes, grid, grid.top)
     axes.set_ylabel("layer")
     axes.set_title(f"{params:,} adapter parameters{share}", fontsize=9)
     figure.suptitle(title, fontsize=11, wrap=True)
     _bar(figure, image, [axes], grid.top)
-    write_figure(path, figure)
+    return figure
+
+
+def rank_table(ranks: Ranks, sites: Sequence[Site]) -> str:
+    """Return the ranks as an HTML table, layers down and types across, darker where a rank is higher.
+
+    Raises:
+      UsageError: no sites, or a path of `ranks` is not a site.
+    """
+    grid = _grid(ranks, sites)
+
+    def cell(rank: float) -> str:
+        if math.isnan(rank):
+            return "<td></td>"
+        share = rank / grid.top if rank else 0.0
+        # Steel blue over whatever the page's background is, so that the letters can be read on a dark page too.
+        colour = f' style="background:rgba(70,130,180,{0.75 * share:.2f})"' if rank else ""
+        return f"<td{colour}>{rank:.0f}</td>" if rank else "<td>.</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in grid.types)
+    rows = "".join(
+        f"<tr><th>{layer}</th>{''.join(map(cell, row))}</tr>"
+        for layer, row in zip(grid.layers, grid.ranks_LxT, strict=True)
+    )
+    return f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def rank_lines(ranks: Ranks, sites: Sequence[Site], *, letters: bool = False) -> list[str]:
+    """Return the ranks as lines of text, layers down and types across, `.` for 0.
+
+    Args:
+      ranks: {site path: rank}.
+      sites: the sites of the model.
+      letters: head the columns by letters, and say below what they stand for.
+
+    Raises:
+      UsageError: no sites, or a path of `ranks` is not a site.
+    """
+    grid = _grid(ranks, sites)
+    cells = [["" if math.isnan(rank) else f"{rank:.0f}" if rank else "." for rank in row] for row in grid.ranks_LxT]
+    heads = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(grid.types))] if letters else grid.types
+    rows = [["layer", *heads], *([str(layer), *row] for layer, row in zip(grid.layers, cells, strict=True))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    legend = [f"{head}: {name}" for head, name in zip(heads, grid.types, strict=True)] if letters else []
+    return [lines[0], "-" * len(lines[0]), *lines[1:], *legend]
 
 
 def plot_ranks_before_after(
@@ -85,7 +134,6 @@ def plot_ranks_before_after(
     Raises:
       UsageError: no sites, a path of `before` or `after` is not a site, or the file cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     grids = _grid(before, sites), _grid(after, sites)
@@ -94,9 +142,7 @@ def plot_ranks_before_after(
     removed_LxT = (grids[0].ranks_LxT > 0) & (grids[1].ranks_LxT == 0)
 
     width, height = grids[0].inches
-    figure = Figure(
-        figsize=(2 * max(width, 3.2) + 2.1, height + 0.3 * removed_LxT.any()), dpi=DPI, layout="constrained"
-    )
+    figure = new_figure((2 * max(width, 3.2) + 2.1, height + 0.3 * removed_LxT.any()))
     left, right = figure.subplots(1, 2)
     _draw(left, grids[0], top)
     image = _draw(right, grids[1], top, removed_LxT)

@@ -1,12 +1,12 @@
 """Pruning as pure functions of adapters, masks and optimizer state: mask, trim, compact."""
 
-from jaxprune.surgery.compact import compact as compact
-from jaxprune.surgery.compact import gather as gather
-from jaxprune.surgery.compact import survivors as survivors
+from jaxprune.surgery.compaction import compact as compact
+from jaxprune.surgery.compaction import gather as gather
+from jaxprune.surgery.compaction import survivors as survivors
 from jaxprune.surgery.decision import Decision as Decision
 from jaxprune.surgery.decision import apply as apply
-from jaxprune.surgery.extract import Extracted as Extracted
-from jaxprune.surgery.extract import extract as extract
+from jaxprune.surgery.extraction import Extracted as Extracted
+from jaxprune.surgery.extraction import extract as extract
 from jaxprune.surgery.mask import live as live
 from jaxprune.surgery.mask import trim as trim
 from jaxprune.surgery.mask import zero_dead as zero_dead

@@ -8,7 +8,7 @@ says whose it is, so any chain works and none is known by name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,14 +45,23 @@ def map_adapters(f: Callable[[Any, Place], Any], adapters: Adapters) -> dict[str
     }
 
 
-def map_moments(f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapters) -> Any:
+def map_moments(
+    f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapters, cut: Container[str] | None = None
+) -> Any:
     """Apply `f(leaf, place)` to every leaf of an optimizer's state that belongs to a leaf of the adapters.
 
     A leaf belongs to [site path].field where its own path says so. Step counts and other leaves that belong to none are kept. A
     scalar that stands for a whole leaf has no components.
 
+    Args:
+      f: what to apply.
+      opt_state: the state of an Optax chain.
+      adapters: {path: adapter}.
+      cut: the sites whose components must be told from each other; None for all. Others may go or stay as a whole.
+
     Raises:
-      UsageError: a leaf of the state has neither the shape of its adapter's leaf, which has components, nor a single entry.
+      UsageError: a leaf of a cut site's state has neither the shape of its adapter's leaf, which has components, nor a single
+        entry.
     """
     whose = {
         (jax.tree_util.DictKey(path), jax.tree_util.GetAttrKey(name)): at
@@ -67,7 +76,7 @@ def map_moments(f: Callable[[Any, Place], Any], opt_state: Any, adapters: Adapte
             return leaf
         if leaf.shape == at.shape:
             return f(leaf, at)
-        if np.size(leaf) <= 1 or at.axis is None:
+        if np.size(leaf) <= 1 or at.axis is None or (cut is not None and at.path not in cut):
             return f(leaf, at._replace(axis=None))
         raise UsageError(
             f"the optimizer keeps a leaf of shape {leaf.shape} for {at.field} of {at.path!r}, which has shape {at.shape}, so its "

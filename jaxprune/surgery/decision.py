@@ -12,6 +12,7 @@ import optax
 
 from jaxprune.adapters import Adapters, Masks
 from jaxprune.errors import UsageError
+from jaxprune.reprs import fields_line
 from jaxprune.surgery.components import Place, host, like, map_adapters, map_moments, rebuild
 from jaxprune.surgery.mask import zero_components
 
@@ -34,6 +35,8 @@ class Decision(NamedTuple):
     scales: Mapping[str, float] = _NOTHING
     report: Mapping[str, Any] = _NOTHING
 
+    __repr__ = fields_line
+
 
 def apply(
     decision: Decision, adapters: Adapters, masks: Masks, opt_state: Any, optimizer: optax.GradientTransformation
@@ -47,7 +50,7 @@ def apply(
       adapters: {path: adapter}.
       masks: {path: mask}.
       opt_state: the state of `optimizer`.
-      optimizer: the chain that made it; its moments must have the shape of what they belong to.
+      optimizer: the chain that made it; moments of a site that loses some components must have the shape of its leaves.
 
     Raises:
       UsageError: the decision names an unknown site, has a mask of another shape, or revives a dead component.
@@ -75,7 +78,7 @@ def apply(
         return zero_components(leaf, new_masks[place.path], place.axis)
 
     new_masks = {path: like(after[path], mask) if path in changed else mask for path, mask in masks.items()}
-    moments = map_moments(zero, opt_state, adapters)
+    moments = map_moments(zero, opt_state, adapters, {path for path in changed if after[path].any()})
     rescaled = {
         path: dataclasses.replace(adapter, scale=adapter.scale * decision.scales[path])
         if path in decision.scales

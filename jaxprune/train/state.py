@@ -18,6 +18,7 @@ from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import whole
 from jaxprune.methods.base import Method
 from jaxprune.optim import check_prunable, tailored
+from jaxprune.reprs import state_lines
 from jaxprune.surgery import zero_dead
 from jaxprune.train.placement import place, strong
 
@@ -40,6 +41,8 @@ class TrainState(NamedTuple):
     def trained(self) -> dict[str, Any]:
         """Everything that is trained, as the optimizer sees it."""
         return joined(self.adapters, self.weights)
+
+    __repr__ = state_lines
 
 
 def init_state(
@@ -79,7 +82,7 @@ def init_state(
             )
         check_mask(path, adapter, masks.get(path))
     if method and method.decide and masks:
-        check_prunable(optimizer, adapters, masks)
+        check_prunable(optimizer, adapters, masks, method.removes)
     weights = dict(weights)
     method_state = method.init(adapters, masks) if method else ()
     trained = joined(adapters, weights)

@@ -287,7 +287,7 @@ def test_broken_importances_are_replaced_and_said():
 
 
 def test_absent_solver_says_how_to_get_it(monkeypatch):
-    module = sys.modules["jaxprune.allocation.solve"]
+    module = sys.modules["jaxprune.allocation.solving"]
     monkeypatch.setattr(module, "installed", lambda: ("HIGHS",))
     with pytest.raises(UsageError, match=r"CBC is not installed; `pip install cylp`.*HIGHS"):
         allocate([1.0, 1.0], TWO, 99, solver="cbc")
@@ -302,7 +302,7 @@ def test_absent_solver_says_how_to_get_it(monkeypatch):
     ("rank", "said"), [(3, "spends .* of 40"), (0, "leaves type 'k' without"), (1, "is not the best")]
 )
 def test_answer_that_breaks_a_constraint_or_is_not_the_best_is_not_believed(monkeypatch, rank, said):
-    module = sys.modules["jaxprune.allocation.solve"]
+    module = sys.modules["jaxprune.allocation.solving"]
     problem = rank_problem([1.0, 1.0], TWO, 40, range(5))
     lie = module.Answer(np.array([rank, rank]), True, math.inf, None)
     monkeypatch.setattr(module, "milp", lambda *_: lie)
@@ -358,7 +358,7 @@ def test_solvers_print_nothing():
 
 
 def test_a_solver_that_gives_up_early_says_after_how_long(monkeypatch):
-    module = sys.modules["jaxprune.allocation.solve"]  # the package has a function of this name
+    module = sys.modules["jaxprune.allocation.solving"]
 
     def gives_up(problem, relaxed, solver, seconds):
         time.sleep(0.2)

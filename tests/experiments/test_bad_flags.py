@@ -291,7 +291,7 @@ def test_a_missing_solver_says_how_to_get_it(run_flags, tmp_path, monkeypatch):
 
     from experiments.run.loop import run
 
-    monkeypatch.setattr(sys.modules["jaxprune.allocation.solve"], "installed", lambda: ("HIGHS",))
+    monkeypatch.setattr(sys.modules["jaxprune.allocation.solving"], "installed", lambda: ("HIGHS",))
     with pytest.raises(UsageError, match=r"solver CBC is not installed; `pip install cylp`"):
         run(parse(GlueConfig, [*run_flags, "--solver", "CBC", "--output-dir", str(tmp_path / "run")], "glue"))
     assert not (tmp_path / "run").exists()

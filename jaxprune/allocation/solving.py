@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import TimeModel, make_clock
-from jaxprune.allocation.knapsack import knapsack
+from jaxprune.allocation.dynamic import knapsack
 from jaxprune.allocation.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
 from jaxprune.allocation.result import Plan, time_line

@@ -42,7 +42,7 @@ def compact(
       adapters: {path: adapter}.
       masks: {path: mask}.
       opt_state: the state of `optimizer`.
-      optimizer: the chain that made it; its moments must have the shape of what they belong to.
+      optimizer: the chain that made it; moments of a site that loses some components must have the shape of its leaves.
 
     Raises:
       UsageError: nothing would be left to train.
@@ -62,7 +62,10 @@ def compact(
         if path not in gone
     }
     moments = map_moments(
-        lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept), opt_state, adapters
+        lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept),
+        opt_state,
+        adapters,
+        {path for path, mask in masks.items() if 0 < kept[path].shape[-1] < mask.shape[-1]},
     )
     return new_adapters, new_masks, rebuild(moments, new_adapters, optimizer)
 
