@@ -10,12 +10,11 @@ while it trains:
     model, batch = nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(1)]), jnp.ones((8, 32))
     params = model.init(jax.random.key(0), batch)["params"]
     loss, forward = lambda apply, batch, key: jnp.mean(apply(batch) ** 2), jp.attach(model)
-    sites, method, optimizer = jp.find_sites(params), jp.oplora(budget=500), optax.adamw(1e-3)
-    start = method.start(jp.Context(jax.random.key(1), params, sites, forward, loss, [batch]))
-    state = jp.init_state(jax.random.key(2), start.adapters, start.masks, optimizer, method, sites)
-    step = jp.make_step(forward, loss, optimizer, method)
-    state, metrics = step(start.params, state, batch)
-    print(start.plan, state, metrics["loss"])
+    sites = jp.find_sites(params, call=lambda params: model.apply({"params": params}, batch))
+    run = jp.training(forward, loss, optax.adamw(1e-3), jp.oplora(budget=500))
+    state, params, plan = run.start(jax.random.key(1), params, sites, [batch])
+    state, metrics = run.step(params, state, batch)
+    print(plan, state, metrics["loss"])
 
 Printing a plan, a state or an adapter gives a few lines;
 `print(plan.table())` gives all ranks, `plan.plot()` a picture.

@@ -96,12 +96,12 @@ def test_a_state_is_a_few_lines():
     masks["layer_0/fc1"] = masks["layer_0/fc1"].at[:3].set(0)
     state = jp.init_state(jax.random.key(1), adapters, masks, optax.adamw(1e-3))
     said = repr(state)
-    assert "step 0: 6 Lora" in said and "45 of 48 components live, 86,400 parameters" in said and "0.7 MiB" in said
+    assert "step 0: 6 Lora" in said and "45 of 48 components live, 86,400 parameters in adapters, 0 in weights" in said and "0.7 MiB" in said
     shapes = jax.eval_shape(lambda: state)
     jax.tree.map(lambda leaf: leaf.delete(), state)  # as donating does
     for unread in (shapes, state):
         assert "step ?: 6 Lora" in repr(unread) and "? of 48 components live, ? parameters" in repr(unread)
-    assert repr(jp.TrainState(0, None, 0, 0, None, None)).startswith("TrainState(adapters=0,")  # type: ignore[arg-type]
+    assert repr(jp.TrainState(0, {}, None, 0, 0, None, None)).startswith("TrainState(adapters=0,")  # type: ignore[arg-type]
     assert max(map(len, said.splitlines())) <= 80 and len(said.splitlines()) <= 5
 
 
@@ -120,9 +120,9 @@ def test_a_plan_in_a_terminal_and_in_a_notebook(tmp_path):
 def test_what_methods_pass_around_prints_no_arrays():
     adapters, masks = jp.init_lora(jax.random.key(0), SITES, RANKS)
     plan, params = jp.uniform_plan(SITES, 8), {"head": {"kernel": jnp.ones((100, 100))}}
-    method = jp.dplora(total_steps=200, events=30, target=0.5, budget=20_000)
+    method = jp.dplora(total_steps=200, events=30, target=0.5)
     given = [
-        jp.Start(adapters, masks, plan, params),
+        jp.Start(adapters, {}, masks, plan, params),
         jp.Context(jax.random.key(0), params, SITES, print, print, [params]),
         jp.Decision(masks, report={"solver": "CBC", "seconds": 0.5}),
         method,

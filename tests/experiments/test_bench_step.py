@@ -35,9 +35,9 @@ def test_the_flops_are_what_xla_counts(rank, layers, monkeypatch):
     monkeypatch.setitem(bench_step.SIZES, "small", (50, 512, layers, 4, 2048))
     world = bench_step.setting("small", 4, 32)
     adapters, masks = jp.init_lora(jax.random.key(0), world.sites, {site.path: rank for site in world.sites})
-    adapters = {**jp.init_weights(world.params, "^head/"), **adapters}
+    weights = jp.init_weights(world.params, "^head/")
     optimizer = optax.sgd(1e-3)
-    state = jp.init_state(jax.random.key(1), adapters, masks, optimizer)
+    state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, weights=weights)
     step = jp.make_step(world.forward, world.loss_fn, optimizer)
     counted = step.lower(world.params, state, world.batch).compile().cost_analysis()["flops"]
     work = bench_step.step_flops(512, layers, 2048, 4, 32, rank, last_row=True)
