@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ import numpy as np
 
 from experiments.data.packing import Batches
 from experiments.run.clock import Clock
-from experiments.run.config import GlueConfig
+from experiments.run.config import RunConfig
 from experiments.run.folder import Folder
-from experiments.tasks.classification import Task
-from experiments.tasks.metrics import compute
+from experiments.tasks.base import Task
 from jaxprune import report
-from jaxprune.adapters import Adapters, Masks, count
+from jaxprune.adapters import Adapters, Masks, Weight, count
 from jaxprune.files import write_whole
 from jaxprune.methods import Method
 from jaxprune.train import NonFiniteError, TrainState
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: GlueConfig,
+        config: RunConfig,
         folder: Folder,
         task: Task,
         validation: dict[str, Batches],
@@ -49,7 +49,7 @@ class Recorder:
         clock: Clock,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps
+        self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps or 1
         self._task, self._validation, self._labels = task, validation, labels
         self._params, self._predict, self._method = params, predict, method
         self._schedule, self._clock = schedule, clock
@@ -72,21 +72,21 @@ class Recorder:
             adapters, masks = self._method.seen(state.adapters, state.masks)
             for split, batches in self._validation.items():
                 outputs = [self._predict(self._params, adapters, masks, batch) for batch in batches.all()]
-                logits = batches.restore(jax.device_get(outputs))
-                if not np.isfinite(logits).all():
+                found = batches.restore(jax.device_get(outputs))
+                if not np.isfinite(found).all():
                     raise NonFiniteError(
                         f"step {number}: the outputs on {split} are not finite; lower the learning rate"
                     )
-                metrics = compute(self._task, logits, self._labels[split])
+                metrics = self._task.score(found, self._labels[split])
                 self._write(number, {"split": split, **metrics})
                 if split == self._task.validation[0]:
                     self.last = metrics
                 else:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
-        score = self.last[self._task.metric]
+        score = self.last[self._task.metrics[0]]
         self.best = max(self.best, score)
-        parameters = trained(state.adapters, state.masks)
-        return f"{self._task.metric} {score:.2f} (best {self.best:.2f}), {parameters:,} adapter parameters"
+        counted = parameters(state.adapters, state.masks)
+        return f"{self._task.metrics[0]} {score:.2f} (best {self.best:.2f}), {said(counted)}"
 
     def loss_so_far(self) -> str:
         """Return the mean training loss of the steps since this was last asked for, and how it has changed."""
@@ -118,9 +118,21 @@ class Recorder:
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
 
 
-def trained(adapters: Adapters, masks: Masks, *, head: bool = False) -> int:
-    """Count the trained parameters of the adapters, or those of the head."""
-    return count({path: x for path, x in adapters.items() if path.startswith("head/") == head}, masks)
+def parameters(adapters: Adapters, masks: Masks) -> dict[str, int]:
+    """Count what is trained, as summary.json has it: adapters, leaves of the model, and of these the ones in the head."""
+    weights = {path: x for path, x in adapters.items() if isinstance(x, Weight)}
+    return {
+        "adapter_params": count({path: x for path, x in adapters.items() if path not in weights}, masks),
+        "weight_params": count(weights, masks),
+        "head_params": count({path: x for path, x in weights.items() if path.startswith("head/")}, masks),
+    }
+
+
+def said(counted: Mapping[str, int]) -> str:
+    """Say how many parameters of adapters there are; for a method without adapters, how many of the model's own."""
+    own = counted["weight_params"] - counted["head_params"]
+    kinds = {"adapter parameters": counted["adapter_params"], "of the model's own parameters": own}
+    return " and ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number) or "the head alone"
 
 
 def versions() -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeyp
         if method == "lora":
             log.write_text("experiments.glue: stopped: step 1: the loss is not finite\n")
             return 1
-        config = compare.parse(compare.GlueConfig, ["--method", method, "--task", "rte", *flags], "glue").resolve()
+        config = compare.parse_run(["--method", method, "--task", "rte", *flags], "glue").resolve()
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps({**summary, "seconds": seconds, "config": config.plain()}))
         return 0

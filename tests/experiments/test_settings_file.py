@@ -7,7 +7,8 @@ import yaml
 
 from experiments.run.cli import parse
 from experiments.run.comparison import CompareConfig
-from experiments.run.config import GlueConfig
+from experiments.run.config import RunConfig
+from experiments.run.flags import parse_run
 from experiments.run.settings_file import written
 from jaxprune.errors import UsageError
 from tests.experiments.refusals import assert_refused
@@ -15,19 +16,21 @@ from tests.experiments.refusals import assert_refused
 COMMANDS = (
     "",
     "--method lora --rank 4 --task rte --seed 7 --no-train-head --targets query,value --warmup 0.1 --dtype bfloat16",
-    "--method dplora --preset paper --task mrpc --set a_setting=1 --data-dir some/where --save-steps 9 --tensorboard",
-    "--method g2r2 --preset paper --task sst2 --set score=tangent combine=none --learning-rate 1e-5 --budget 10",
+    "--method dplora --preset paper --task mrpc --data-dir some/where --save-steps 9 --tensorboard --budget-schedule early "
+    "--prune-ratio 0.7 --ranks 0 1 4 --per-sample --solver dp",
+    "--method channelmask --temperatures 1 0.5 --channels query value --no-shared --resume",
+    "--method g2r2 --preset paper --task sst2 --set score=tangent combine=none --learning-rate 1e-5 --g2r2-warmup 3 --warmup 2",
     "--method lora --task rte --model no --targets re:^a:\\s#b$ --max-steps 1000000000000000000000000000000",
 )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_was_written_is_read_back(command, tmp_path):
-    given = parse(GlueConfig, [*command.split(), "--output-dir", str(tmp_path), "--overwrite"], "glue")
+    given = parse_run([*command.split(), "--output-dir", str(tmp_path), "--overwrite"], "glue")
     path = tmp_path / "config.yaml"
     known = {} if "a_setting" in command else dataclasses.asdict(given.resolve())
     path.write_bytes(written(given, given.resolve() if known else given))
-    again = parse(GlueConfig, ["--config", str(path)], "glue")
+    again = parse_run(["--config", str(path)], "glue")
     assert again == dataclasses.replace(given, output_dir=None, overwrite=False)
     # Every setting stands in the file; those that were not given as comments.
     lines = [line.removeprefix("# ").partition(":")[0] for line in path.read_text().splitlines()[1:]]
@@ -38,10 +41,10 @@ def test_flags_beside_a_file_win(tmp_path):
     path = tmp_path / "my settings.yaml"
     path.write_text("method: dora\nlearning_rate: 1e-2\nrank: 3\ntrain_head: false\nset: [a=1, b=2]\nbudget:\n")
     flags = ["--rank=5", f"--config={path}", "--train-head", "--set", "c=3"]
-    found = parse(GlueConfig, flags, "glue")
+    found = parse_run(flags, "glue")
     assert (found.method, found.learning_rate, found.rank, found.train_head) == ("dora", 0.01, 5, True)
     assert found.set == ("c=3",) and found.budget is None and found.config is None
-    assert parse(GlueConfig, ["--config", str(path)], "glue").set == ("a=1", "b=2")
+    assert parse_run(["--config", str(path)], "glue").set == ("a=1", "b=2")
     assert parse(CompareConfig, [], "compare").seeds == (42,)  # a command without such a flag
 
 
@@ -80,9 +83,9 @@ def test_a_file_that_is_none_is_one_line(tmp_path):
     }.items():  # fmt: skip
         assert_refused("experiments.glue", ["--config", path], tmp_path, why)
     with pytest.raises(UsageError, match="config 'x' is for the command line"):
-        GlueConfig(config="x").resolve()  # pyright: ignore
+        RunConfig.of(config="x").resolve()  # pyright: ignore
 
 
 def test_the_file_is_yaml_for_others_too(tmp_path):
-    given = GlueConfig(method="dora", set=("a=1",), targets="re:x#y")
+    given = RunConfig.of(method="dora", set=("a=1",), targets="re:x#y")
     assert yaml.safe_load(written(given, given)) == {"method": "dora", "set": ["a=1"], "targets": "re:x#y"}

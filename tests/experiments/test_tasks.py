@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.tasks.classification import TASKS, get_task
+from experiments.tasks import TASKS, get_task
 from jaxprune.errors import UsageError
 
 
