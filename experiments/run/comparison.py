@@ -37,7 +37,7 @@ from jaxprune.report.page import duration
 
 PROGRAM = "experiments.compare"
 # The first words of the lines of a run that are shown while it goes.
-_PROGRESS = ("loading", "planning", "compiling", "evaluating", "pruning", "step", "writing")
+_PROGRESS = ("loading", "planning", "scoring", "solving", "compiling", "evaluating", "pruning", "step", "writing")
 # What the table takes from a summary.
 _READ = (
     "metric",

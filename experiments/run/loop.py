@@ -27,7 +27,7 @@ from experiments.run.events import Pruner
 from experiments.run.folder import Folder
 from experiments.run.outcome import Finished, write
 from experiments.run.planning import planned
-from experiments.run.record import MADE, Recorder, parameters, rewind
+from experiments.run.record import MADE, Recorder, parameters, rewind, said
 from experiments.run.stopping import Stop, Stopped
 from experiments.tasks import get_task
 from experiments.tasks.base import Task
@@ -119,7 +119,7 @@ def _run(
         state = init_state(head_key, adapters, start.masks, optimizer, method, sites)
         ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
         kept = {
-            "config": config.plain(), "ranks": ranks, "plan": _said(start.plan), "events": [],
+            "config": config.plain(), "ranks": ranks, "plan": _about(start.plan), "events": [],
             "adapter_params": parameters(adapters, start.masks)["adapter_params"],
             "changes_params": start.params is not model.params,
         }  # fmt: skip
@@ -141,11 +141,7 @@ def _run(
         say("resumed", f"after step {int(state.step)} of {steps}, from {checkpoints.folder}")
     write_whole(folder.own("config.yaml"), settings)
     counted = parameters(state.adapters, state.masks)
-    say(
-        "trained",
-        f"{kept['adapter_params']:,} adapter parameters at the start, and {counted['weight_params']:,} of the model's own, "
-        f"{counted['head_params']:,} of them in the head",
-    )
+    say("trained", f"{said(counted)}, and {counted['head_params']:,} in the head")
 
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate or 1)
     recorder = Recorder(
@@ -321,7 +317,7 @@ def _training_batches(batches: Batches, done: int, total_steps: int) -> Iterator
             done += 1
 
 
-def _said(plan: Plan | None) -> dict[str, Any] | None:
+def _about(plan: Plan | None) -> dict[str, Any] | None:
     """Return what a plan says of itself as JSON can hold it."""
     if plan is None:
         return None

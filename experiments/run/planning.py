@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from experiments.run.clock import Clock
 from experiments.run.console import say
 from jaxprune.methods import Context, Method, Start
@@ -49,7 +51,8 @@ class _Phase:
         say("scoring", f"{self._sites} kernels on {what}")
 
     def after(self) -> None:
-        """Hear that the data are read: what comes now is solving."""
+        """Hear that the data are read: once all is computed, what comes now is solving."""
+        jax.block_until_ready(jax.live_arrays())
         self._timer.cancel()
         self._timer = threading.Timer(_SECONDS, lambda: say("solving", f"for the ranks of {self._sites} kernels"))
         self._timer.daemon = True

@@ -129,10 +129,10 @@ def parameters(adapters: Adapters, masks: Masks) -> dict[str, int]:
 
 
 def said(counted: Mapping[str, int]) -> str:
-    """Say how many parameters of adapters there are; for a method without adapters, how many of the model's own."""
+    """Say how many parameters are trained beside the head's: of adapters, and of the model's own where there are any."""
     own = counted["weight_params"] - counted["head_params"]
-    kinds = {"adapter parameters": counted["adapter_params"], "of the model's own parameters": own}
-    return " and ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number) or "the head alone"
+    parts = [f"{counted['adapter_params']:,} adapter parameters"] if counted["adapter_params"] or not own else []
+    return " and ".join([*parts, *([f"{own:,} parameters of the model"] if own else [])])
 
 
 def versions() -> dict[str, str]:
