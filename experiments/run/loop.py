@@ -120,7 +120,7 @@ def _run(
         ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
         kept = {
             "config": config.plain(), "ranks": ranks, "plan": _about(start.plan), "events": [],
-            "adapter_params": parameters(adapters, start.masks)["adapter_params"],
+            "adapter_params": parameters(state)["adapter_params"],
             "changes_params": start.params is not model.params,
         }  # fmt: skip
         params, initial = _changed(start, model)
@@ -140,7 +140,7 @@ def _run(
         clock.add(kept["seconds"])
         say("resumed", f"after step {int(state.step)} of {steps}, from {checkpoints.folder}")
     write_whole(folder.own("config.yaml"), settings)
-    counted = parameters(state.adapters, state.masks)
+    counted = parameters(state)
     say("trained", f"{said(counted)}, and {counted['head_params']:,} in the head")
 
     step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate or 1)

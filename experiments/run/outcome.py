@@ -71,7 +71,7 @@ def write(run: Finished) -> dict[str, Any]:
     summary = {
         "method": run.config.method, "model": run.config.model, "task": run.task.name, "seed": run.config.seed,
         "metric": run.task.metrics[0], "score": run.recorder.last[run.task.metrics[0]], "best_score": run.recorder.best,
-        "metrics": run.recorder.last, **parameters(run.state.adapters, run.state.masks),
+        "metrics": run.recorder.last, **parameters(run.state),
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
         "steps": int(run.state.step), "events": events, "device": device(),

@@ -20,7 +20,7 @@ from experiments.run.config import RunConfig
 from experiments.run.folder import Folder
 from experiments.tasks.base import Task
 from jaxprune import report
-from jaxprune.adapters import Adapters, Masks, Weight, count
+from jaxprune.adapters import Weight, count
 from jaxprune.files import write_whole
 from jaxprune.methods import Method
 from jaxprune.train import NonFiniteError, TrainState
@@ -85,7 +85,7 @@ class Recorder:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
         score = self.last[self._task.metrics[0]]
         self.best = max(self.best, score)
-        counted = parameters(state.adapters, state.masks)
+        counted = parameters(state)
         return f"{self._task.metrics[0]} {score:.2f} (best {self.best:.2f}), {said(counted)}"
 
     def loss_so_far(self) -> str:
@@ -118,13 +118,13 @@ class Recorder:
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
 
 
-def parameters(adapters: Adapters, masks: Masks) -> dict[str, int]:
+def parameters(state: TrainState) -> dict[str, int]:
     """Count what is trained, as summary.json has it: adapters, leaves of the model, and of these the ones in the head."""
-    weights = {path: x for path, x in adapters.items() if isinstance(x, Weight)}
+    weights = {path: x for path, x in state.adapters.items() if isinstance(x, Weight)}
     return {
-        "adapter_params": count({path: x for path, x in adapters.items() if path not in weights}, masks),
-        "weight_params": count(weights, masks),
-        "head_params": count({path: x for path, x in weights.items() if path.startswith("head/")}, masks),
+        "adapter_params": count({path: x for path, x in state.adapters.items() if path not in weights}, state.masks),
+        "weight_params": count(weights, state.masks),
+        "head_params": count({path: x for path, x in weights.items() if path.startswith("head/")}, state.masks),
     }
 
 
