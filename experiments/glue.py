@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> None:
     from experiments.tasks import DEFAULT_TASK
 
     config = parse_run(arguments, PROGRAM)
+    config.resolve()  # a wrong value is said alone
     if config.model is None and config.task is None:
         say(
             "default",

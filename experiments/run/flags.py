@@ -39,15 +39,10 @@ def parse_run(arguments: Sequence[str], program: str) -> RunConfig:
     for name in dict.fromkeys(given(arguments)):
         if name not in COMMON and name not in named(entry) and owners(name):
             raise UsageError(not_its_own(entry, name))
-    # A method without a name on the command line gets one, so that `--help` is of it alone.
     whole = [*added, *arguments]
+    about = _description(list_methods="method" not in given(whole))
     try:
-        parsed = parse_into(
-            _flags_type(entry),
-            whole,
-            program,
-            description=_description(None if "method" not in given(whole) else entry),
-        )
+        parsed = parse_into(_flags_type(entry), whole, program, description=about)
     except UsageError as error:
         if not added:
             raise
@@ -211,7 +206,7 @@ def _common_help(name: str, entry: Entry) -> str:
     return text if default is None else f"{text} [{default}]"
 
 
-def _description(entry: Entry | None) -> str:
+def _description(*, list_methods: bool) -> str:
     """Say what the command does, and list the methods where none is named."""
     width = max(40, shutil.get_terminal_size().columns - 2)
     about = [
@@ -219,7 +214,7 @@ def _description(entry: Entry | None) -> str:
         "--preset, and these over what stands in brackets."
     ]
     methods = []
-    if entry is None:
+    if list_methods:
         about.append(f"--method NAME --help shows the settings of a method; those at the end are of {DEFAULT}.")
         methods = [f"{name:<12} {METHODS[name].summary}" for name in sorted(METHODS)]
     text = [textwrap.fill(line, width) for line in about]
