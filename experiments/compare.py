@@ -1,4 +1,4 @@
-"""Compare methods, tasks and seeds: `python -m experiments.compare --methods lora oplora --tasks mrpc rte`."""
+"""Compare methods, tasks and seeds: `python -m experiments.compare --methods lora full --tasks mrpc rte`."""
 
 from experiments.run.start import start
 

@@ -9,6 +9,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.checks import HostOnly, OneOf, Range, check, checked
 from jaxprune.errors import shown
+from jaxprune.methods import METHODS
 
 NAN, INF = float("nan"), float("inf")
 MUST = {"total_steps": 500, "measure_at": 5}
@@ -74,8 +75,6 @@ def _takes(factory: Any) -> Sequence[str]:
 
 
 def test_every_factory_is_in_the_table_or_takes_nothing():
-    from experiments.run.comparison import METHODS
-
     assert set(METHODS) == {*WRONG, "full", "bitfit"}
 
 

@@ -96,7 +96,11 @@ def test_a_state_is_a_few_lines():
     masks["layer_0/fc1"] = masks["layer_0/fc1"].at[:3].set(0)
     state = jp.init_state(jax.random.key(1), adapters, masks, optax.adamw(1e-3))
     said = repr(state)
-    assert "step 0: 6 Lora" in said and "45 of 48 components live, 86,400 parameters in adapters, 0 in weights" in said and "0.7 MiB" in said
+    assert (
+        "step 0: 6 Lora" in said
+        and "45 of 48 components live, 86,400 parameters in adapters, 0 in weights" in said
+        and "0.7 MiB" in said
+    )
     shapes = jax.eval_shape(lambda: state)
     jax.tree.map(lambda leaf: leaf.delete(), state)  # as donating does
     for unread in (shapes, state):

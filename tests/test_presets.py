@@ -1,16 +1,17 @@
 """The presets against the papers' tables and the released scripts, typed a second time: here in the units that are printed."""
 
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxprune as jp
-from experiments.presets import PRESETS, TASKS, preset
+from experiments.presets import PRESETS, preset
+from experiments.presets.table import TASKS
 from experiments.run.build import make_method, method_settings
-from experiments.run.config import GlueConfig
-from jaxprune.models.config import EncoderConfig
+from experiments.run.config import RunConfig
+from jaxprune.methods import METHODS
 
 SHORT = dict(zip("learning_rate epochs warmup".split(), ("Learning Rate", "Epochs", "Warmup Steps"), strict=True))
 LONG = {
@@ -119,19 +120,6 @@ def picked(row, names):
     return {setting: row[printed] for setting, printed in names.items()}
 
 
-def further(row):
-    """Turn the NAME=VALUE texts of a preset into {name: number or text}."""
-    pairs = dict(item.split("=") for item in row["set"])
-    return {
-        key: float(value) if value.replace(".", "").replace("e-", "").isdigit() else value
-        for key, value in pairs.items()
-    }
-
-
-def without(row, *names):
-    return {key: value for key, value in row.items() if key not in names}
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_the_main_tables(task):
     row = down(TABLE_9)[task]
@@ -158,7 +146,7 @@ def test_the_released_scripts(task):
     names = dict(
         learning_rate="lr", epochs="epochs", weight_decay="wd", max_grad_norm="clip", max_length="seq", warmup="warmup"
     )
-    oplora = {**picked(row, names), "budget": 1_263_000, "score": "squared"}
+    oplora = {**picked(row, names), "budget": 1_263_000, "score": "squared", "train_head": False}
     assert preset("released", "oplora", task) == oplora
     pruned = picked(row, dict(ema_decay="beta", momentum="gamma", stability="delta", recovery_steps="recovery"))
     fixed = {"prune_ratio": 0.6, "events": 10, "importance": "samples", "scaling": "grow"}
@@ -168,47 +156,43 @@ def test_the_released_scripts(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_g2r2(task):
     row, found = across(G2R2)[task], preset("paper", "g2r2", task)
-    assert without(found, "set") == {
-        **picked(row, dict(learning_rate="lr", epochs="epochs", batch_size="batch")), "weight_decay": 0.01, "max_length": 512,
-    }  # fmt: skip
     assert row["T_w"] + row["T_p"] + row["T_r"] == row["epochs"]
-    shares = {"warmup": row["T_w"] / row["epochs"], "progressive": row["T_p"] / row["epochs"], "final": 0.2}
-    assert further(found) == pytest.approx(shares)
+    shares = {"g2r2_warmup": row["T_w"] / row["epochs"], "progressive": row["T_p"] / row["epochs"], "final": 0.2}
+    assert found == {
+        **picked(row, dict(learning_rate="lr", epochs="epochs", batch_size="batch")), "weight_decay": 0.01, "max_length": 512,
+        **{name: pytest.approx(share) for name, share in shares.items()},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_adalora(task):
     row, found = across(ADALORA)[task], preset("paper", "adalora", task)
     names = dict(learning_rate="lr", epochs="epochs", weight_decay="wd", max_length="seq", warmup="warmup")
-    assert without(found, "set") == picked(row, names)
-    inner = dict(init_rank="lora_r", alpha="lora_alpha", tinit="init_warmup", tfinal="final_warmup", interval="mask_interval",
+    names |= dict(init_rank="lora_r", alpha="lora_alpha", tinit="init_warmup", tfinal="final_warmup", interval="mask_interval",
                  orthogonal="reg_orth_coef")  # fmt: skip
-    assert further(found) == {**picked(row, inner), "target_rank": 1, "weights": "after"}
+    assert found == {**picked(row, names), "target_rank": 1, "weights": "after"}
     scale = row["lora_alpha"] / row["lora_r"]
     assert scale == pytest.approx({"cola": 10.67, "mnli": 5.33, "qqp": 8, "sst2": 8}.get(task, 16), rel=1e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_one_row_for_all_tasks(task):
-    sora = preset("paper", "sora", task)
-    assert without(sora, "set") == dict(
-        learning_rate=0.0008, batch_size=8, epochs=20, weight_decay=0.1, max_grad_norm=0.1, warmup=0.06
-    )
-    assert further(sora) == dict(penalty=10, threshold=0.0003, prox="released", alpha=16)
-    pruned = preset("paper", "prunedlora", task)
-    assert without(pruned, "set") == dict(learning_rate=0.00001, schedule="cosine", warmup=0.05, weight_decay=0.00001)
-    assert further(pruned) == dict(rank=128, target=64, interval=10, remove=2, dropout=0.05)
-    masks = preset("paper", "channelmask", task)
-    assert without(masks, "set") == dict(
-        targets="query,value", learning_rate=0.00005, final_learning_rate=0.00001, schedule="stages", batch_size=8
-    )
-    assert further(masks) == dict(channels="paper_like")
+    assert preset("paper", "sora", task) == dict(
+        learning_rate=0.0008, batch_size=8, epochs=20, weight_decay=0.1, max_grad_norm=0.1, warmup=0.06,
+        penalty=10, threshold=0.0003, prox="released", alpha=16,
+    )  # fmt: skip
+    assert preset("paper", "prunedlora", task) == dict(
+        learning_rate=0.00001, schedule="cosine", warmup=0.05, weight_decay=0.00001,
+        rank=128, target=64, interval=10, remove=2, dropout=0.05,
+    )  # fmt: skip
+    assert preset("paper", "channelmask", task) == dict(
+        targets="query,value", learning_rate=0.00005, final_learning_rate=0.00001, schedule="stages", batch_size=8,
+        channels="paper_like",
+    )  # fmt: skip
 
 
 def test_dylora_and_what_there_is():
-    assert preset("paper", "dylora", "cola") == dict(
-        learning_rate=0.0004, epochs=80, weight_decay=0.1, set=("alpha=16",)
-    )
+    assert preset("paper", "dylora", "cola") == dict(learning_rate=0.0004, epochs=80, weight_decay=0.1, alpha=16)
     methods = {preset: sorted(tables) for preset, tables in PRESETS.items()}
     assert methods == {
         "paper": ["adalora", "channelmask", "dplora", "dylora", "full", "g2r2", "oplora", "prunedlora", "sora"],
@@ -224,20 +208,18 @@ def test_the_channel_masks_train_as_many_parameters_as_the_slides_say(layers, he
     """DistilBERT and RoBERTa-base with all their linear layers, of which the preset's targets take query and value."""
     sizes = dict(query=(768, 768), key=(768, 768), value=(768, 768), out=(768, 768), fc1=(768, 3072), fc2=(3072, 768))
     params = {f"layer_{i}": {kind: {"kernel": jnp.zeros(size)} for kind, size in sizes.items()} for i in range(layers)}
-    config = GlueConfig(preset="paper", method="channelmask", task="mrpc").resolve()
-    targets = GlueConfig(targets=preset("paper", "channelmask", "mrpc")["targets"]).target_patterns()
-    encoder = EncoderConfig(vocab_size=9, num_layers=layers, num_heads=heads)
-    method = jp.channelmask(**method_settings(config, 100, encoder))
+    config = RunConfig.of(preset="paper", method="channelmask", task="mrpc").resolve()
+    targets = config.target_patterns()
+    method = jp.channelmask(**method_settings(config, 100, heads))
     context = jp.Context(jax.random.key(0), params, jp.find_sites(params, targets), lambda: None, lambda: None)
     start = method.start(context)
     assert jp.count(start.adapters, start.masks) == parameters
 
 
 @pytest.mark.parametrize("total", [20, 20_000])
-@pytest.mark.parametrize("method", get_args(get_type_hints(GlueConfig)["method"]))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_of_the_command_line_is_made_for_a_short_and_a_long_run(method, total):
-    encoder = EncoderConfig(vocab_size=9, num_layers=6, num_heads=12)
-    made = make_method(GlueConfig(method=method, task="mrpc").resolve(), total, encoder)
+    made = make_method(RunConfig.of(method=method, task="mrpc").resolve(), total, 12)
     assert all(1 <= step <= total for step in made.events)
     if method == "dplora":
         assert len(made.events) == 10

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from experiments.run import stopping
-from experiments.run.cli import parse, parse_known
+from experiments.run.cli import parse_known
 from experiments.run.stopping import temporary_folder
 from jaxprune.errors import UsageError
 
@@ -121,7 +121,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
 
     import jaxprune.train.events
     from experiments.run import loop
-    from experiments.run.config import GlueConfig
+    from experiments.run.flags import parse_run
     from jaxprune.checkpoint import Checkpoints
 
     def around(function: Any, here: str, *, after: bool, delay: float = 0.0) -> Any:
@@ -141,7 +141,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
     # The checkpoint is written in the background from here on; most take some hundredths of a second.
     Checkpoints.save = around(Checkpoints.save, "save", after=True, delay=1e-4 + 0.03 * (count % 4))
     loop.Recorder.log = around(loop.Recorder.log, "step", after=False)
-    loop.run(parse(GlueConfig, arguments, "experiments.glue"))
+    loop.run(parse_run(arguments, "experiments.glue"))
     os._exit(0)  # a timer may still be waiting
 
 

@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.run.cli import parse
-from experiments.run.config import DEFAULTS, GlueConfig
+from experiments.run.config import RunConfig
+from experiments.run.flags import parse_run
 from experiments.run.stopping import before_end
 from jaxprune.errors import UsageError
 
@@ -56,16 +57,14 @@ def main(arguments: list[str]) -> None:
     if min(config.batch, config.length, config.steps) < 1 or not config.methods:
         raise UsageError("--batch, --length and --steps must be 1 or more, and --methods name one at least")
     settings = [
-        parse(
-            GlueConfig, ["--method", name, *([] if config.rank is None else ["--rank", str(config.rank)])], "bench"
-        ).resolve()
+        parse_run(["--method", name, *([] if config.rank is None else ["--rank", str(config.rank)])], "bench").resolve()
         for name in config.methods
     ]
     with peer_step(config) if config.peer_python else contextlib.nullcontext() as peer:
         _time(config, settings, peer)
 
 
-def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[str], float] | None) -> None:
+def _time(config: StepConfig, settings: Sequence[RunConfig], peer: Callable[[str], float] | None) -> None:
     world = setting(config.size, config.batch, config.length)
     sides = {each.method: our_step(world, each) for each in settings}
     products = {"jaxprune": our_products(config)}
@@ -90,15 +89,13 @@ def _time(config: StepConfig, settings: Sequence[GlueConfig], peer: Callable[[st
         print(
             f"{name:11s} {median:9.3f} {min(values):8.3f} {max(values):8.3f} {tokens / median:10,.0f} {median / first:9.2f}"
         )
-    lora = next((each for each in settings if each.method == "lora"), None)
-    if lora is None:
+    if "lora" not in seconds:
         return
     print(f"\n{'':11s} GFLOP a step: forward  backward  adapters  GFLOP/s  of plain products  share")
     for name, side in (("lora", "jaxprune"), ("PEFT", "PEFT")):
         if side not in plain:
             continue
-        # PEFT's rank is that of --rank or of experiments.glue, as the peer is told.
-        rank = (lora.rank if side == "jaxprune" else config.rank) or int(DEFAULTS["rank"])
+        rank = 8 if config.rank is None else config.rank
         _, width, layers, _, mlp = SIZES[config.size]
         work = step_flops(width, layers, mlp, config.batch, config.length, rank, last_row=side == "jaxprune")
         rate = sum(work) / np.median(seconds[name]) / 1e9
@@ -236,7 +233,7 @@ def setting(size: str, batch: int, length: int) -> Setting:
     return Setting(encoder, params, jp.find_sites(params), jp.attach(model), loss_fn, data)
 
 
-def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
+def our_step(world: Setting, config: RunConfig) -> Callable[[], float]:
     """Return a function that runs one whole training step, waits for it and returns its seconds."""
     import jax
     import optax
@@ -245,7 +242,7 @@ def our_step(world: Setting, config: GlueConfig) -> Callable[[], float]:
     from experiments.run.build import make_method
 
     # Of so long a run only the beginning is seen: nothing is pruned yet.
-    method, optimizer = make_method(config, 10_000, world.encoder), optax.adamw(1e-3)
+    method, optimizer = make_method(config, 10_000, world.encoder.num_heads), optax.adamw(1e-3)
     start = method.start(
         jp.Context(jax.random.key(0), world.params, world.sites, world.forward, world.loss_fn, [world.batch])
     )
@@ -271,7 +268,7 @@ def peer_step(config: StepConfig) -> Iterator[Callable[[str], float]]:
     settings = dict(
         family=config.size, vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=mlp, batch=config.batch, length=config.length,
-        rank=DEFAULTS["rank"] if config.rank is None else config.rank, products=_products(config),
+        rank=8 if config.rank is None else config.rank, products=_products(config),
     )  # fmt: skip
     # By its text: run as a file, the names of its neighbours would stand before those of installed packages.
     script = Path(__file__).with_name("_peer_step.py").read_text()

@@ -42,7 +42,7 @@ class Batches:
     - `input_ids`, `segment_ids`, `position_ids`, `token_type_ids`: int32 `(R, T)`. Segments count from 1 in each row
       and are 0 on padding; positions count from 0 in each example.
     - `first_tokens`: int32 `(B,)`, the index of each example's first token in the R * T flattened tokens.
-    - `labels`: `(B,)`, int32 or, for regression, float32.
+    - `labels`: `(B, ...)`, int32 or, for regression, float32.
     - `weights`: float32 `(B,)`, 1 for an example and 0 for a filler in the last batch of an epoch, whose first token
       is 0.
 
@@ -231,7 +231,7 @@ class Batches:
         return where, len(used)
 
     def _fill(self, part: np.ndarray, where: list[tuple[int, int, int, int]], shape: Shape) -> Batch:
-        batch = _empty(shape, len(part), self._encoded.labels.dtype)
+        batch = _empty(shape, len(part), self._encoded.labels)
         for i, row, column, segment in where:
             _write(batch, self._encoded, int(part[i]), i, row, column, segment)
         return batch
@@ -270,7 +270,7 @@ def single_example_batches(encoded: Encoded, n: int) -> Batch:
     if n < 1:
         raise UsageError(f"cannot take {n} examples; expected at least one")
     length = _round_up(int(np.diff(encoded.offsets[: n + 1]).max()))
-    batch = _empty((n, length), n, encoded.labels.dtype)
+    batch = _empty((n, length), n, encoded.labels)
     for i in range(n):
         _write(batch, encoded, i, i, i, 0, 1)
     batch["first_tokens"][:] = 0
@@ -366,12 +366,12 @@ def _round_up(length):
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 
-def _empty(shape: Shape, examples: int, label_type: np.dtype) -> Batch:
+def _empty(shape: Shape, examples: int, labels: np.ndarray) -> Batch:
     batch: Batch = {
         key: np.zeros(shape, np.int32) for key in ("input_ids", "segment_ids", "position_ids", "token_type_ids")
     }
     batch["first_tokens"] = np.zeros(examples, np.int32)
-    batch["labels"] = np.zeros(examples, label_type)
+    batch["labels"] = np.zeros((examples, *labels.shape[1:]), labels.dtype)
     batch["weights"] = np.zeros(examples, np.float32)
     return batch
 

@@ -15,11 +15,10 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from experiments.tasks.classification import Task, get_task
 from jaxprune.errors import UsageError, clipped, reason, shown
 
 _FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
@@ -47,21 +46,31 @@ class Rows:
         return self if n is None else Rows(tuple(column[:n] for column in self.texts), self.labels[:n], self.source)
 
 
-def load_task(
-    task: Task | str,
-    data_dir: str | os.PathLike[str] | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-) -> dict[str, Rows]:
+class Table(Protocol):
+    """What reading must know of a task: columns of texts, one column of labels, and where the files are."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+    @property
+    def num_labels(self) -> int: ...
+    @property
+    def regression(self) -> bool: ...
+    @property
+    def hub(self) -> str | None: ...
+
+
+def load_rows(task: Table, data_dir: str | os.PathLike[str] | None = None) -> dict[str, Rows]:
     """Load and check every split of a task.
 
     Args:
-        task: a task or its name.
+        task: what is to be read.
         data_dir: folder with `<task>/<split>.<format>`, `glue/<task>/<split>.<format>` or `<split>.<format>`, where the
             format is parquet, jsonl, json, csv or tsv (all but parquet also with .gz); None downloads from the Hub.
             The columns are those of the Hub. As in GLUE's own files, quotes mean nothing in tsv.
-        max_train_samples: keep only the first so many training rows.
-        max_eval_samples: keep only the first so many rows of each validation split.
 
     Raises:
         UsageError: anything missing or malformed; one line that names the file.
@@ -69,26 +78,16 @@ def load_task(
     Returns:
         split name -> rows, `train` first.
     """
-    task = get_task(task) if isinstance(task, str) else task
-    for name, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; expected at least 1")
     files = find_files(task, data_dir)
-    if task.hub is None:
-        from experiments.data.grammar import generate
-
-        splits = generate()
-    elif files is None:
-        splits = _from_hub(task)
-    else:
-        splits = {split: _check(task, _read_all(task, paths), str(paths[0])) for split, paths in files.items()}
-    return {s: splits[s].first(max_train_samples if s == "train" else max_eval_samples) for s in task.splits}
+    if files is None:
+        return _from_hub(task)
+    return {split: _check(task, _read_all(task, paths), str(paths[0])) for split, paths in files.items()}
 
 
 # Files
 
 
-def find_files(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, list[Path]] | None:
+def find_files(task: Table, data_dir: str | os.PathLike[str] | None) -> dict[str, list[Path]] | None:
     """Return the files of each split of a task without opening them; None where it needs none.
 
     Raises:
@@ -103,7 +102,7 @@ def find_files(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str,
     return _split_files(task, Path(data_dir))
 
 
-def _split_files(task: Task, folder: Path) -> dict[str, list[Path]]:
+def _split_files(task: Table, folder: Path) -> dict[str, list[Path]]:
     """Return the file, or the shards, of each split."""
     if not os.path.isdir(folder):  # unlike a path's own is_dir it takes names of any length
         raise UsageError(
@@ -151,7 +150,7 @@ def _find(folder: Path, split: str) -> list[Path]:
     return [path for _, _, path in shards]
 
 
-def _read_all(task: Task, paths: list[Path]) -> dict[str, list[Any]]:
+def _read_all(task: Table, paths: list[Path]) -> dict[str, list[Any]]:
     """Return column name -> values of a file and its further shards."""
     tables = [_read(task, path) for path in paths]
     for path, table in zip(paths, tables, strict=True):
@@ -160,7 +159,7 @@ def _read_all(task: Task, paths: list[Path]) -> dict[str, list[Any]]:
     return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
-def _read(task: Task, path: Path) -> dict[str, list[Any]]:
+def _read(task: Table, path: Path) -> dict[str, list[Any]]:
     """Return column name -> values; whatever is wrong with the file becomes one line."""
     if path.suffix == ".parquet":
         return _read_parquet(task, path)
@@ -176,7 +175,7 @@ def _read(task: Task, path: Path) -> dict[str, list[Any]]:
     return _parse_json(path, text) if ending in ("json", "jsonl") else _parse_csv(path, text, ending == "tsv")
 
 
-def _read_parquet(task: Task, path: Path) -> dict[str, list[Any]]:
+def _read_parquet(task: Table, path: Path) -> dict[str, list[Any]]:
     """Read the task's columns; of the others, which may hold what Python cannot, the names alone."""
     import pyarrow
     import pyarrow.parquet
@@ -254,7 +253,7 @@ def _parse_csv(path: Path, text: str, tabs: bool) -> dict[str, list[Any]]:
 # The Hub
 
 
-def _from_hub(task: Task) -> dict[str, Rows]:
+def _from_hub(task: Table) -> dict[str, Rows]:
     """Load from the Hub, or from what `datasets` has kept of it, without waiting through its retries when offline."""
     import datasets
     from datasets import config
@@ -297,7 +296,7 @@ def _reachable(endpoint: str) -> bool:
 # Rows
 
 
-def _check(task: Task, table: dict[str, list[Any]], source: str) -> Rows:
+def _check(task: Table, table: dict[str, list[Any]], source: str) -> Rows:
     """Turn columns into rows, or say what is wrong with them."""
     for name in (*task.texts, "label"):
         if name not in table:
@@ -343,7 +342,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _label_type(task: Task) -> type:
+def _label_type(task: Table) -> type:
     return np.float32 if task.regression else np.int32
 
 

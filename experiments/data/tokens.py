@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Encoded:
         ids: int32 `(tokens,)`.
         type_ids: int8 `(tokens,)`, 1 in the second text of a pair where the tokenizer says so.
         offsets: int64 `(n + 1,)`; example i is `ids[offsets[i]:offsets[i + 1]]`.
-        labels: `(n,)`, int32 or, for regression, float32.
+        labels: `(n, ...)`, int32 or, for regression, float32.
     """
 
     ids: np.ndarray
@@ -184,8 +184,26 @@ def check_ids(encoded: Encoded, config: EncoderConfig, model_dir: str | os.PathL
             )
 
 
+def read(apply: Any, batch: Mapping[str, Any], key: Any = None) -> Any:
+    """Run an adapted encoder on a packed batch.
+
+    Args:
+        apply: the model with its adapters.
+        batch: of `experiments.data.packing`.
+        key: for dropout; None drops nothing.
+    """
+    return apply(
+        batch["input_ids"],
+        segment_ids=batch["segment_ids"],
+        position_ids=batch["position_ids"],
+        token_type_ids=batch["token_type_ids"],
+        first_tokens=batch["first_tokens"],
+        rngs=None if key is None else {"dropout": key},
+    )
+
+
 def _key(rows: Rows, definition: bytes, max_length: int, side: str) -> str:
-    settings = (max_length, side, len(rows.texts), len(rows), rows.labels.dtype.str)
+    settings = (max_length, side, len(rows.texts), rows.labels.shape, rows.labels.dtype.str)
     digest = hashlib.sha256(_VERSION + str(settings).encode())
     digest.update(hashlib.sha256(definition).digest())
     digest.update(rows.labels.tobytes())
@@ -203,7 +221,7 @@ def _read_cache(path: Path) -> Encoded | None:
     except Exception:  # of a damaged archive numpy, zipfile and zlib each raise their own
         return None
     arrays = (encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels)
-    if [array.ndim for array in arrays] != [1] * 4 or [array.dtype for array in arrays[:3]] != list(_TYPES):
+    if [array.ndim for array in arrays[:3]] != [1] * 3 or [array.dtype for array in arrays[:3]] != list(_TYPES):
         return None
     tokens = encoded.offsets[-1] if len(encoded.offsets) == len(encoded) + 1 else -1
     whole = tokens == len(encoded.ids) == len(encoded.type_ids) and (np.diff(encoded.offsets) > 0).all()

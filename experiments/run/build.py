@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
 
-from experiments.run.config import USES, GlueConfig
-from experiments.run.settings import further, kinds
-from jaxprune import methods, schedules
+from experiments.run.config import RunConfig
+from experiments.run.settings import OF_THE_RUN, complete
 from jaxprune.errors import UsageError
 from jaxprune.methods import Method
-from jaxprune.methods.channelmask import stage_end
-from jaxprune.models import EncoderConfig
 from jaxprune.sites import DEFAULT_EXCLUDE, Site
 
 
-def make_method(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> Method:
+def make_method(config: RunConfig, total_steps: int, heads: int) -> Method:
     """Make the method that the settings name.
+
+    Args:
+      config: with nothing left open.
+      total_steps: of the run.
+      heads: attention heads of the model.
 
     Raises:
       UsageError: its settings do not fit together, or not into the run.
     """
-    return getattr(methods, config.method)(**method_settings(config, total_steps, encoder))
+    return config.entry.make(method_settings(config, total_steps, heads))
 
 
-def method_settings(config: GlueConfig, total_steps: int, encoder: EncoderConfig) -> dict[str, Any]:
-    """Return every setting that the method's factory takes: from flags, from the run, and from `--set`.
+def method_settings(config: RunConfig, total_steps: int, heads: int) -> dict[str, Any]:
+    """Return every setting of the method: what is given, what the run decides, and the defaults for the rest.
 
     Raises:
-      UsageError: LoRA-drop would measure before there is anything, or never.
+      UsageError: it would measure before there is anything, or never.
     """
-    accepts = kinds(config.method)
-    assert config.rank and config.budget_schedule
-    delay = warmup_steps(config, total_steps)
+    entry, delay = config.entry, warmup_steps(config, total_steps)
+    decided = dict(zip(OF_THE_RUN, (total_steps, delay, heads), strict=True))
     # The first step of a warm-up changes nothing, and before the first change there is no output to measure.
     earliest = 2 if delay else 1
-    offered: dict[str, Any] = {
-        "rank": config.rank, "ranks": range(config.rank + 1), "target_rank": config.rank,
-        "init_rank": -(-3 * config.rank // 2), "alpha": config.alpha, "dropout": config.lora_dropout,
-        "total_steps": total_steps, "delay": delay, "solver": config.solver,
-        "time_limit": config.time_limit, "heads": encoder.num_heads, "measure_at": max(earliest, total_steps // 10),
-        "target": config.prune_ratio, "schedule": schedules.budget_schedule(config.budget_schedule),
-        "rescale": config.scaling == "grow",
-    }  # fmt: skip
-    # These flags have the names of settings, which in another method may mean something else.
-    offered |= {name: getattr(config, name) for name in USES if name in accepts and name not in offered}
-    flags = {"target": "prune_ratio", "schedule": "budget_schedule", "rescale": "scaling", "ranks": "rank"}
-    given = {
-        name: value
-        for name, value in offered.items()
-        if name in accepts and config.method in USES.get(flags.get(name, name), (config.method,))
-    }
-    if config.method == "prunedlora":
-        given["target"] = max(1, config.rank // 2)
-    settings = {**given, **further(config.method, config.set)}
+    measured = {"measure_at": max(earliest, total_steps // 10)} if "measure_at" in entry.settings else {}
+    settings = complete(entry, {**measured, **config.settings})
+    settings |= {name: value for name, value in decided.items() if name in entry.settings}
     at = settings.get("measure_at", earliest)
     if at >= 1 and not earliest <= at <= max(earliest, total_steps):  # below 1 it is a share of the run
         raise UsageError(
@@ -93,13 +77,13 @@ def check_sites(sites: Sequence[Site], settings: Mapping[str, Any], trained_whol
         )
 
 
-def warmup_steps(config: GlueConfig, total_steps: int) -> int:
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
     """Return the steps over which the learning rate rises."""
     assert config.warmup is not None
     return int(config.warmup * total_steps if config.warmup < 1 else min(config.warmup, total_steps))
 
 
-def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
+def make_schedule(config: RunConfig, total_steps: int, method: Method) -> optax.Schedule:
     """Rise linearly from 0 over the warm-up, then fall to the final rate: linearly, along a cosine, or from stage to stage."""
     peak, final = config.learning_rate, config.final_learning_rate
     assert peak is not None and final is not None
@@ -107,10 +91,8 @@ def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
     rest = max(total_steps - warmup, 1)
     up = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if config.schedule == "stages":
-        default = inspect.signature(getattr(methods, config.method)).parameters["stage"].default
-        share = further(config.method, config.set).get("stage", default)
-        # In a join, steps count from its boundary.
-        down = optax.piecewise_constant_schedule(peak, {stage_end(total_steps, share) - warmup: final / peak})
+        # The only event of a method with two stages divides them. In a join, steps count from its boundary.
+        down = optax.piecewise_constant_schedule(peak, {method.events[0] - warmup: final / peak})
     elif config.schedule == "cosine":
         down = optax.cosine_decay_schedule(peak, rest, alpha=final / peak)
     else:
@@ -118,7 +100,7 @@ def make_schedule(config: GlueConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([up, down], [warmup]) if warmup else down
 
 
-def make_optimizer(config: GlueConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return AdamW behind clipping by the global norm."""
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     return optax.chain(*parts, optax.adamw(schedule, weight_decay=config.weight_decay or 0.0))

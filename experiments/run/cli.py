@@ -8,33 +8,20 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
-from experiments.run import settings_file
 from experiments.run.stopping import Stopped
-from jaxprune.errors import UsageError, shown
+from jaxprune.errors import UsageError
 from jaxprune.train import NonFiniteError
 
 T = TypeVar("T")
 
 
 def parse(config: type[T], arguments: Sequence[str], program: str) -> T:
-    """Parse flags into `config`, those of the YAML file that `--config` names too; tyro's boxes become one `UsageError` line."""
-    parsed, _ = _parse(config, arguments, program, others=False)
-    path = getattr(parsed, "config", None)
-    if path is None:
-        return parsed
-    from_file = settings_file.flags(str(path), config, arguments)
-    try:
-        parsed, _ = _parse(config, [*from_file, *arguments], program, others=False)
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; with {shown(str(path))} these flags were added: {shown(' '.join(from_file))}"
-        ) from None
-    return replace(parsed, config=None)  # pyright: ignore[reportArgumentType]
+    """Parse flags into `config`; tyro's boxes become one `UsageError` line."""
+    return _parse(config, arguments, program, others=False)[0]
 
 
 def parse_known(config: type[T], arguments: Sequence[str], program: str) -> tuple[T, list[str]]:
@@ -42,15 +29,23 @@ def parse_known(config: type[T], arguments: Sequence[str], program: str) -> tupl
     return _parse(config, arguments, program, others=True)
 
 
-def _parse(config: type[T], arguments: Sequence[str], program: str, *, others: bool) -> tuple[T, list[str]]:
+def parse_into(config: type[T], arguments: Sequence[str], program: str, *, description: str) -> T:
+    """Parse flags into a dataclass of dataclasses, whose names are the titles of groups and no parts of flags."""
+    return _parse(config, arguments, program, others=False, description=description)[0]
+
+
+def _parse(
+    config: type[T], arguments: Sequence[str], program: str, *, others: bool, description: str | None = None
+) -> tuple[T, list[str]]:
     import tyro
 
     complaint = io.StringIO()
+    about: Any = {"prog": program, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
     try:
         with contextlib.redirect_stderr(complaint):
             if others:
-                return tyro.cli(config, args=list(arguments), prog=program, return_unknown_args=True)
-            return tyro.cli(config, args=list(arguments), prog=program), []
+                return tyro.cli(config, args=list(arguments), return_unknown_args=True, **about)
+            return tyro.cli(config, args=list(arguments), **about), []
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

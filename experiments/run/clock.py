@@ -14,7 +14,9 @@ class Clock:
     """Add up the seconds spent under each name; compilation is what JAX itself reports."""
 
     def __init__(self) -> None:
-        self.seconds = {name: 0.0 for name in ("load", "train", "compile", "allocate", "eval", "prune", "save")}
+        self.seconds = {
+            name: 0.0 for name in ("load", "train", "compile", "score", "allocate", "eval", "prune", "save")
+        }
         self.cached = 0.0  # what compilations found in the cache would have taken
         self._open: list[str] = []  # names being timed, the innermost last
         self._start = self._mark = time.perf_counter()
@@ -44,6 +46,13 @@ class Clock:
         if self._open:
             self.seconds[self._open[-1]] += now - self._mark - (compiled - self._compiled)
         self._mark, self._compiled = now, compiled
+
+    def move(self, name: str, other: str, *, keep: float) -> None:
+        """Count what is under one name, but for so many seconds, under another."""
+        self._count()
+        moved = max(self.seconds[name] - keep, 0.0)
+        self.seconds[name] -= moved
+        self.seconds[other] += moved
 
     def training(self) -> float:
         """Return the seconds since the start that are not counted under another name than training."""

@@ -16,30 +16,40 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from experiments.data.rows import find_files
-from experiments.run.cli import parse, parse_known
-from experiments.run.config import Folder as GivenFolder
-from experiments.run.config import GlueConfig
+from experiments.run.cli import parse_known
 from experiments.run.console import say
+from experiments.run.fields import COMMON
+from experiments.run.flags import FOLDER, chunks, name_of, parse_run
 from experiments.run.folder import Folder
+from experiments.run.settings import flag_text, owners
 from experiments.run.stopping import Stop, Stopped, before_end
-from experiments.tasks.classification import get_task
+from experiments.tasks import get_task
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole
+from jaxprune.methods import METHODS
 from jaxprune.models.hub import resolve
 from jaxprune.report.figure import write_figure
 from jaxprune.report.page import duration
 
 PROGRAM = "experiments.compare"
 # The first words of the lines of a run that are shown while it goes.
-_PROGRESS = ("loading", "planning", "compiling", "evaluating", "pruning", "step", "writing")
+_PROGRESS = ("loading", "planning", "scoring", "solving", "compiling", "evaluating", "pruning", "step", "writing")
 # What the table takes from a summary.
-_READ = ("metric", "score", "best_score", "adapter_params", "seconds", "steps", "config")
-METHODS: tuple[str, ...] = get_args(get_type_hints(GlueConfig)["method"])
+_READ = (
+    "metric",
+    "score",
+    "best_score",
+    "adapter_params",
+    "weight_params",
+    "head_params",
+    "seconds",
+    "steps",
+    "config",
+)
 
 
 class RunError(UsageError):
@@ -50,13 +60,13 @@ class RunError(UsageError):
 class CompareConfig:
     """Compare methods on the same tasks and seeds; every other flag goes to experiments.glue, such as --epochs 3."""
 
-    methods: tuple[str, ...] = METHODS
-    """which methods; NAME:FLAGS gives one settings of its own, such as "dplora:--prune-ratio 0.8" """
+    methods: tuple[str, ...] = tuple(sorted(METHODS))
+    """which methods; NAME:FLAGS gives one settings of its own, such as "lora:--rank 4" """
     tasks: tuple[str, ...] = ("mrpc", "rte")
     """which tasks"""
     seeds: tuple[int, ...] = (42,)
     """which seeds"""
-    output_dir: GivenFolder = Path("runs/compare")
+    output_dir: Annotated[Path | None, FOLDER] = Path("runs/compare")
     """where runs, table and picture go"""
 
 
@@ -82,8 +92,9 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     with Folder(config.output_dir, ("table.md", "compare.png", "logs/"), "comparison") as folder:
         folder.check(resume=True, overwrite=False, inputs={})
         # A wrong setting of the last method, or a run of other settings, would otherwise be found after hours.
+        given = _for_methods(flags, [method.partition(":")[0] for method in config.methods])
         wanted = [
-            _checked(config.output_dir, task, method, seed, flags)
+            _checked(config.output_dir, task, method, seed, given)
             for task in config.tasks for seed in config.seeds for method in config.methods
         ]  # fmt: skip
         for model in {one.model for one in wanted}:
@@ -104,7 +115,7 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
             say(
                 "score",
                 f"{summary['metric']} {summary['score']:.2f} (best {summary['best_score']:.2f}), "
-                f"{summary['adapter_params']:,} adapter parameters, in {duration(summary['seconds']['total'])}; "
+                f"{_trained(summary):,} trained parameters, in {duration(summary['seconds']['total'])}; "
                 f"{duration(time.monotonic() - start)} so far",
             )
         rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
@@ -120,16 +131,50 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
         return rows
 
 
-def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[str]) -> Run:
+# A flag with its values, and the methods that it goes to; None for all.
+ForMethods = tuple[list[str], Sequence[str] | None]
+
+
+def _for_methods(flags: Sequence[str], methods: Sequence[str]) -> list[ForMethods]:
+    """Say for every flag which methods get it: one of some methods alone goes to those that have it.
+
+    Raises:
+      UsageError: none of the compared methods has it, but another does.
+    """
+    found: list[ForMethods] = []
+    for flag in chunks(flags):
+        name, having = name_of(flag), None
+        if name not in COMMON and (known := owners(name)):
+            having = [method for method in methods if method in known]
+            if not having:
+                raise UsageError(
+                    f"{flag_text(name)} is no setting of {', '.join(methods)}; {', '.join(known)} "
+                    f"{'has' if len(known) == 1 else 'have'} it"
+                )
+        found.append((flag, having))
+    return found
+
+
+def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[ForMethods]) -> Run:
     name, _, own = method.partition(":")
     folder = parent / "-".join([task, name, *own.replace("--", "").split(), str(seed)]).replace("/", "_")
-    all_ = ["--method", name, "--task", task, "--seed", str(seed), *flags, *own.split()]
-    config = parse(GlueConfig, all_, PROGRAM).resolve()
+    common = [flag for flag, methods in flags if methods is None or name in methods]
+    all_ = [
+        "--method",
+        name,
+        "--task",
+        task,
+        "--seed",
+        str(seed),
+        *(text for flag in common for text in flag),
+        *own.split(),
+    ]
+    config = parse_run(all_, PROGRAM).resolve()
     if (config.method, config.task, config.seed) != (name, task, seed):
         raise UsageError(
             "--method, --task and --seed of single runs are not for here; give --methods, --tasks and --seeds"
         )
-    find_files(get_task(task), config.data_dir)
+    get_task(task).check_files(config.data_dir)
     if (found := _read(folder)) and (changes := config.differences(found["config"])):
         raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
     return Run(task, method, seed, all_, folder, str(config.model))
@@ -156,7 +201,7 @@ def _summary(run: Run, folder: Folder, named: str) -> dict[str, Any]:
     if (summary := _read(run.folder)) is not None:
         say("finished", named)
         return summary
-    glue = ["-m", "experiments.glue", *run.flags, "--resume", "--output-dir", str(run.folder)]
+    glue = ["-m", get_task(run.task).program, *run.flags, "--resume", "--output-dir", str(run.folder)]
     log = folder.own("logs") / f"{run.folder.name}.txt"
     log.parent.mkdir(exist_ok=True)
     say("running", f"{named}; all that it prints is in {log}")
@@ -211,11 +256,16 @@ def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, An
         "task": task, "method": method, "metric": runs[0]["metric"], "runs": len(runs), "score": float(np.mean(scores)),
         "spread": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
         "best": float(np.mean([run["best_score"] for run in runs])),
-        "params": float(np.mean([run["adapter_params"] for run in runs])),
+        "params": float(np.mean([_trained(run) for run in runs])),
         "step": float(np.mean([run["seconds"]["train"] / run["steps"] for run in runs])),
         "compile": float(np.mean([run["seconds"]["compile"] for run in runs])),
         "total": float(np.mean([run["seconds"]["total"] for run in runs])),
     }  # fmt: skip
+
+
+def _trained(summary: dict[str, Any]) -> int:
+    """Count what is trained beside the task's head, which all methods have."""
+    return summary["adapter_params"] + summary["weight_params"] - summary["head_params"]
 
 
 def _named(method: str) -> str:
@@ -224,7 +274,7 @@ def _named(method: str) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay the rows out in Markdown: score of the last epoch (mean, and standard deviation over seeds), parameters, seconds."""
-    head = ("task", "method", "score", "best epoch", "adapter parameters", "s a step", "compiling, s", "in all, s")
+    head = ("task", "method", "score", "best epoch", "trained parameters", "s a step", "compiling, s", "in all, s")
     lines = [head, tuple("---" for _ in head)]
     for row in rows:
         spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
@@ -257,7 +307,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("adapter parameters")
+        axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(here[0]["metric"])
         axes.set_title(task)
         axes.grid(alpha=0.25)

@@ -1,7 +1,8 @@
-"""The settings of a GLUE run: what the command line offers, and what stands where a flag and a preset are silent."""
+"""The settings of a run: what the command line offers, and what stands where a flag and a preset are silent."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -9,257 +10,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
-
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Any, get_type_hints
 
 from experiments.presets import preset
-from experiments.run.settings import check_once, further
-from jaxprune.allocation import SOLVERS
-from jaxprune.checks import MOST_RANK, MOST_STEPS, HostOnly, OneOf, Range, check
+from experiments.run import settings as method_settings
+from experiments.run.fields import COMMON, DEFAULTS, FREE, Common
+from experiments.run.settings import by_flag, checked, flag_text, further, layered, sort
+from experiments.tasks import DEFAULT_TASK
+from jaxprune.checks import MOST_STEPS, check, one_of
 from jaxprune.errors import UsageError, shown
+from jaxprune.methods import METHODS, Entry
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-DEFAULT_TASK = "grammar"
-
-# Stands where neither a flag nor a preset decides.
-DEFAULTS: dict[str, Any] = dict(
-    rank=8,
-    learning_rate=1e-3,
-    final_learning_rate=0.0,
-    schedule="linear",
-    batch_size=32,
-    epochs=5,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    max_length=128,
-    warmup=0.06,
-    budget=None,
-    score="absolute",
-    prune_ratio=0.6,
-    events=None,
-    recovery_steps=None,
-    budget_schedule="bezier",
-    ema_decay=0.9,
-    momentum=0.1,
-    stability=0.05,
-    importance="training",
-    scaling="constant",
-    targets="all-linear",
-)
-
-# Where a method needs another. Full fine-tuning takes the largest rate of BERT's grid, as 1e-3 wrecks a pretrained model; VeRA
-# that of its paper, as its two vectors are small; PiSSA's factors are what a kernel does most, and 1e-3 unlearns it.
-_OWN: dict[str, dict[str, Any]] = dict(
-    oplora=dict(rank=16),
-    dplora=dict(rank=16),
-    prunedlora=dict(rank=16),
-    vera=dict(rank=256, learning_rate=1e-2),
-    pissa=dict(learning_rate=2e-4),
-    full=dict(learning_rate=5e-5),
-)
-
-# Flags that only some methods read; given with another, the run says that they have no effect.
-_RANKED = (
-    "lora", "oplora", "dplora", "rslora", "lorafa", "vera", "dora", "pissa", "adalora", "sora", "dylora", "loradrop", "g2r2",
-    "prunedlora", "channelmask", "uniformmask",
-)  # fmt: skip
-_PLANNED = ("oplora", "dplora")
-USES: dict[str, tuple[str, ...]] = {
-    "rank": _RANKED,
-    "alpha": tuple(name for name in _RANKED if name != "vera"),
-    "budget": _PLANNED,
-    "time_budget": _PLANNED,
-    "score": _PLANNED,
-    **dict.fromkeys(
-        (
-            "prune_ratio",
-            "events",
-            "recovery_steps",
-            "budget_schedule",
-            "ema_decay",
-            "momentum",
-            "stability",
-            "importance",
-        ),
-        ("dplora",),
-    ),
-    "scaling": ("dplora",),
-}
-
-# Methods with two stages, which prune the model itself.
-STAGED = ("channelmask", "uniformmask")
-
-# Settings that a resumed run may change without becoming another run.
-FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
-
-# What may be left open: its docstring says in brackets what then stands, so that help need not add "None".
-Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
-T = TypeVar("T")
-Choice = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-
-
-def _path(words: list[str]) -> Path:
-    if not words[0]:
-        raise ValueError("an empty text is no folder")  # Path("") would be the working folder
-    return Path(words[0])
-
-
-Folder = Annotated[
-    Path | None,
-    tyro.conf.arg(help_behavior_hint=""),
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="DIR",
-        instance_from_str=_path,
-        is_instance=lambda value: value is None or isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
-# Shares and numbers above 0, as flags that may be left open.
-Share = Annotated[Number, Range(0, below=1)]
-Positive = Annotated[Number, Range(above=0)]
-NotNegative = Annotated[Number, Range(0)]
-Some = Annotated[Whole, Range(1)]
 
 
 @dataclass(frozen=True)
-class GlueConfig:
-    """Fine-tune an encoder on a GLUE task and let the method decide where rank is worth its cost.
+class RunConfig(Common):
+    """The settings of a run: those that every run has, and those of its method."""
 
-    A flag wins over --config and --preset, and a preset over the default in brackets.
-    """
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """{setting of the method's factory: value}; `rank` where one number of components stands for several"""
 
-    method: Literal[
-        "oplora",
-        "dplora",
-        "g2r2",
-        "prunedlora",
-        "channelmask",
-        "uniformmask",
-        "lora",
-        "rslora",
-        "lorafa",
-        "vera",
-        "dora",
-        "pissa",
-        "adalora",
-        "sora",
-        "dylora",
-        "loradrop",
-        "houlsby",
-        "pfeiffer",
-        "bitfit",
-        "full",
-    ] = "oplora"
-    """how to fine-tune"""
-    model: Text = None
-    """hub id or local folder of a BERT, RoBERTa or DistilBERT [sentence-transformers/all-MiniLM-L6-v2]"""
-    task: Text = None
-    """cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, or grammar, which is built in [grammar]"""
-    data_dir: Folder = None
-    """folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub"""
-    preset: Text = None
-    """the papers' settings for method and task: paper (tables 9 to 11), efficiency (tables 12 to 14) or released (of DPLoRA's
-    released code)"""
-    config: Annotated[Folder, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """YAML file of settings, such as config.yaml in the folder of a run; flags beside it win"""
-    rank: Annotated[Whole, Range(1, MOST_RANK)] = None
-    """components at every site [8]; oplora, dplora: the most that a site may get [16]; adalora: the target, of 1.5 times as
-    many [8]; prunedlora: before pruning to half as many [16]; vera: of the shared pair [256]"""
-    alpha: Positive = None
-    """the scale of an adapter is alpha / its rank [twice its rank, a scale of 2]"""
-    targets: Text = None
-    """which kernels get adapters: all-linear, a comma-separated list of path suffixes, or re:EXPRESSION [all-linear]"""
-    budget: Some = None
-    """adapter parameters oplora and dplora may start with [half of uniform rank 16]"""
-    time_budget: Annotated[Number, Range(above=0, high=1)] = None
-    """oplora, dplora: longest predicted training step, relative to LoRA of rank 16 everywhere, such as 0.5 [no limit]"""
-    score: Choice[Literal["absolute", "squared", "top10", "activation", "weight"]] = None
-    """what oplora and dplora score sites by before training [absolute]"""
-    score_batches: Annotated[int, Range(1)] = 5
-    """batches, of at most 500 samples together, that sites are scored on"""
-    solver: Annotated[str, OneOf(SOLVERS, fold=True)] = "auto"
-    """auto, CBC, GLPK_MI, HIGHS or DP"""
-    time_limit: Annotated[float, Range(above=0), HostOnly()] = 60.0
-    """seconds the solver may take; then its best plan so far is used, and said to be so"""
-    prune_ratio: Share = None
-    """dplora: share of the adapter parameters to prune while training [0.6]"""
-    events: Annotated[Whole, Range(1, MOST_STEPS)] = None
-    """dplora: pruning events, spread evenly after warm-up [10, fewer in a run of few steps]"""
-    recovery_steps: Annotated[Whole, Range(0, MOST_STEPS)] = None
-    """dplora: steps without an event after one [half the steps between events, at most 100]"""
-    budget_schedule: Choice[Literal["bezier", "linear", "early"]] = None
-    """dplora: how the budget falls [bezier]"""
-    ema_decay: Share = None
-    """dplora: weight of the importance measured at earlier events; 0 for the latest alone [0.9]"""
-    momentum: NotNegative = None
-    """dplora: price of a lost rank beside the loss of importance; 0 for none [0.1]"""
-    stability: NotNegative = None
-    """dplora: reward for leaving a site as it is [0.05]"""
-    importance: Choice[Literal["training", "samples"]] = None
-    """dplora: measure on the gradients of training, or on single samples at every event as the released code [training]"""
-    scaling: Choice[Literal["constant", "grow"]] = None
-    """dplora: keep the scale of a site as it loses ranks, or alpha, so that the scale grows [constant]"""
-    set: tuple[str, ...] = ()
-    """further settings of the method, as NAME=VALUE; a wrong NAME lists them"""
-    compact: Literal["auto", "always", "never"] = "auto"
-    """remove pruned components for good: when the steps left pay for the compilation, after every event, or never"""
-    epochs: Some = None
-    """passes over the training data [5]"""
-    max_steps: Some = None
-    """stop after so many optimiser steps; the learning-rate schedule ends there too"""
-    learning_rate: Positive = None
-    """peak learning rate of AdamW [0.001; vera: 0.01; pissa: 0.0002; full: 0.00005]"""
-    final_learning_rate: NotNegative = None
-    """learning rate at the end [0]"""
-    schedule: Choice[Literal["linear", "cosine", "stages"]] = None
-    """how the learning rate falls after warm-up; stages: the first of the two of channelmask and uniformmask has the peak, the
-    second the final one [linear]"""
-    warmup: Annotated[Number, Range(0), HostOnly()] = None
-    """warm-up: a share of all steps if below 1, else a number of steps [0.06]"""
-    weight_decay: NotNegative = None
-    """decoupled weight decay [0.01]"""
-    max_grad_norm: NotNegative = None
-    """clip gradients to this global norm; 0 clips nothing [1.0]"""
-    batch_size: Annotated[Whole, Range(1, 2**16)] = None
-    """examples a step [32]"""
-    accumulate: Annotated[int, Range(1, 2**16)] = 1
-    """split each batch into so many microbatches to save memory"""
-    max_length: Annotated[Whole, Range(3)] = None
-    """truncate examples to so many tokens [128]"""
-    max_train_samples: Some = None
-    """train on the first so many examples only"""
-    train_head: bool = True
-    """train the classification head too; with --no-train-head it stays at its random start"""
-    lora_dropout: Annotated[float, Range(0, below=1)] = 0.0
-    """dropout on the adapters' inputs"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """what the model computes in; parameters stay float32"""
-    eval_steps: Some = None
-    """evaluate every so many steps [once an epoch]"""
-    save_steps: Some = None
-    """save a checkpoint every so many steps, and at the end [at every evaluation]"""
-    keep: Annotated[int, Range(1)] = 2
-    """checkpoints to keep, besides the one with the best score"""
-    resume: bool = False
-    """go on with the run in the output folder from its last checkpoint; without one, start"""
-    log_steps: Annotated[int, Range(1)] = 10
-    """write a line to metrics.jsonl every so many steps"""
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
-    """decides initial values, the order of the data and dropout"""
-    output_dir: Folder = None
-    """where the run's files go [runs/TASK-METHOD-SEED]"""
-    overwrite: bool = False
-    """replace a finished run in the output folder"""
-    tensorboard: bool = False
-    """also write TensorBoard event files (pip install tensorboardX)"""
+    @classmethod
+    def of(cls, **values: Any) -> RunConfig:
+        """Sort values, by the names of flags, into those of every run and those of the method."""
+        common, settings = sort(_entry(values.get("method", Common.method)), values)
+        return cls(**common, settings=settings)
 
-    def resolve(self) -> GlueConfig:
+    @property
+    def entry(self) -> Entry:
+        """Return what is registered of the method."""
+        return _entry(self.method)
+
+    def resolve(self) -> RunConfig:
         """Fill every open setting from the preset or the defaults, and check the values.
 
         Raises:
@@ -267,31 +50,36 @@ class GlueConfig:
         """
         if self.config is not None:
             raise UsageError(
-                f"config {shown(str(self.config))} is for the command line; experiments.run.cli.parse reads it"
+                f"config {shown(str(self.config))} is for the command line; experiments.run.flags.parse_run reads it"
             )
+        entry = self.entry
         for name, kind in _kinds().items():
             _check_flag(name, getattr(self, name), kind)
         self.target_patterns()
-        check_once(self.set)
+        settings = checked(entry, self.settings)
+        for name, value in further(entry, self.set).items():
+            if name in settings:
+                raise UsageError(f"--set {name} and its own flag are both given; give one of them")
+            settings[name] = value
         task = DEFAULT_TASK if self.task is None else self.task
         model = _home("model", DEFAULT_MODEL if self.model is None else self.model)
         known = {} if self.preset is None else preset(self.preset, self.method, task)
-        # Of two values for one setting the later counts.
-        items = (*known.get("set", ()), *self.set)
-        further(self.method, items)
-        silent = {**DEFAULTS, **_OWN.get(self.method, {}), **known}
-        open_ = {name: silent[name] for name in DEFAULTS if getattr(self, name) is None}
+        layers = [sort(entry, layer) for layer in (entry.defaults, known)]
+        silent = {**DEFAULTS, **layers[0][0], **layers[1][0]}
+        open_ = {name: value for name, value in silent.items() if getattr(self, name) is None}
         folder = Path("runs") / f"{task}-{self.method}-{self.seed}" if self.output_dir is None else self.output_dir
         data = None if self.data_dir is None else Path(_home("data_dir", self.data_dir))
         folder = Path(_home("output_dir", folder))
-        config = replace(self, task=task, model=model, output_dir=folder, data_dir=data, set=items, **open_)
+        settings = layered(entry, [*(layer for _, layer in layers), settings])
+        config = replace(
+            self, task=task, model=model, output_dir=folder, data_dir=data, set=(), settings=settings, **open_
+        )
         config._check()
         return config
 
     def _check(self) -> None:
-        assert (
-            self.learning_rate and self.final_learning_rate is not None and self.warmup is not None and self.batch_size
-        )
+        assert self.learning_rate and self.final_learning_rate is not None and self.warmup is not None
+        assert self.batch_size and self.accumulate
         if self.final_learning_rate > self.learning_rate:
             raise UsageError(
                 f"--final-learning-rate {self.final_learning_rate} is out of range; expected 0 up to --learning-rate "
@@ -301,9 +89,10 @@ class GlueConfig:
             raise UsageError(
                 f"--warmup {self.warmup} is out of range; expected a share below 1, or a whole number of steps"
             )
-        if self.schedule == "stages" and self.method not in STAGED:
+        if self.schedule == "stages" and not self.entry.staged:
+            staged = sorted(name for name, entry in METHODS.items() if entry.staged)
             raise UsageError(
-                f"--schedule stages is for {' and '.join(STAGED)}, which have stages; --method is {self.method}"
+                f"--schedule stages is for {' and '.join(staged)}, which have stages; --method is {self.method}"
             )
         if self.tensorboard and find_spec("tensorboardX") is None:
             raise UsageError("--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX")
@@ -313,25 +102,22 @@ class GlueConfig:
             )
 
     def plain(self) -> dict[str, Any]:
-        """Return the settings as JSON gives them back."""
-        known = {
-            name: value for name, value in vars(self).items() if name != "config"
-        }  # which is no setting but a source
-        return json.loads(json.dumps(known, default=str))
+        """Return the settings by the names of their flags, as JSON gives them back."""
+        known = {name: getattr(self, name) for name in COMMON if name not in ("config", "set")}
+        known |= by_flag(self.entry, {**self.settings, **further(self.entry, self.set)})
+        return json.loads(json.dumps(known, default=lambda value: list(value) if _is_list(value) else str(value)))
 
     def differences(self, other: Mapping[str, Any]) -> str:
         """Name the settings in which a run with the plain settings `other` is another run; nothing where it is this one.
 
-        A setting that a run of an earlier version did not have had its default.
+        A setting that one of them does not know has its default.
         """
-        own, there = self.plain(), {**replace(GlueConfig(), **DEFAULTS).plain(), **other}
-        differ = [name for name in own if name not in FREE and own[name] != there[name]]
-        return "; ".join(f"--{name.replace('_', '-')} was {there[name]!r}, is {own[name]!r}" for name in differ)
-
-    def idle(self) -> list[str]:
-        """Name the flags that were given and that the method does not use."""
-        given = (name for name in USES if getattr(self, name) is not None)
-        return [name.replace("_", "-") for name in given if self.method not in USES[name]]
+        defaults = {name: flag.default for name, flag in method_settings.flags(self.entry).items()}
+        silent = {**replace(RunConfig(), **DEFAULTS).plain(), **defaults}
+        own, there = {**silent, **self.plain()}, {**silent, **other}
+        names = [*COMMON, *(name for name in {**own, **there} if name not in COMMON)]
+        differ = [name for name in names if name not in FREE and own.get(name) != there.get(name)]
+        return "; ".join(f"{flag_text(name)} was {there.get(name)!r}, is {own.get(name)!r}" for name in differ)
 
     def target_patterns(self) -> str | list[str]:
         """Return `targets` as `find_sites` takes it.
@@ -358,7 +144,7 @@ class GlueConfig:
         )
 
 
-def total_steps(config: GlueConfig, steps_per_epoch: int) -> int:
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Return the optimiser steps of a run: its epochs, or --max-steps where those are fewer.
 
     Raises:
@@ -375,14 +161,22 @@ def total_steps(config: GlueConfig, steps_per_epoch: int) -> int:
     return steps
 
 
+def _entry(method: Any) -> Entry:
+    return METHODS[one_of("--method", method, sorted(METHODS))]
+
+
 @functools.cache
 def _kinds() -> dict[str, Any]:
-    return get_type_hints(GlueConfig, include_extras=True)
+    return get_type_hints(Common, include_extras=True)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, range | tuple)
 
 
 def _check_flag(name: str, value: Any, kind: Any) -> None:
     """Check the value of one flag against what its field says."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_text(name)
     if name == "set":
         if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
             raise UsageError(f"--set {shown(value)} cannot be used; expected NAME=VALUE texts")
@@ -411,5 +205,6 @@ def _home(name: str, value: Any) -> str:
     try:
         return str(Path(value).expanduser())
     except RuntimeError as error:
-        flag = name.replace("_", "-")
-        raise UsageError(f"--{flag} {shown(str(value))} cannot be used: {str(error).rstrip('.').lower()}") from None
+        raise UsageError(
+            f"{flag_text(name)} {shown(str(value))} cannot be used: {str(error).rstrip('.').lower()}"
+        ) from None

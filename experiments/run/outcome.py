@@ -10,26 +10,25 @@ import jax
 
 from experiments.run.card import card
 from experiments.run.clock import Clock
-from experiments.run.config import GlueConfig
+from experiments.run.config import RunConfig
 from experiments.run.console import say
 from experiments.run.device import device
 from experiments.run.events import Pruner, final_ranks
 from experiments.run.folder import Folder
-from experiments.run.record import MADE, Recorder, trained, versions
-from experiments.tasks.classification import Task
+from experiments.run.record import MADE, Recorder, parameters, versions
+from experiments.tasks.base import Task
 from jaxprune import report
 from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, merge, with_weights
 from jaxprune.methods import Method
-from jaxprune.models import EncoderConfig, Pretrained, save_classifier
+from jaxprune.models import EncoderConfig, Pretrained
 from jaxprune.models.save import tokenizer_files
 from jaxprune.peft import save_adapters, save_peft
-from jaxprune.runs import PREDICT, Reading
 from jaxprune.sites import Site, flatten
 from jaxprune.surgery import extract
 from jaxprune.train import TrainState
 
 _SPENT = {
-    "load": "loading", "train": "training", "compile": "compiling", "allocate": "allocating", "prune": "pruning",
+    "load": "loading", "train": "training", "compile": "compiling", "score": "scoring", "allocate": "solving", "prune": "pruning",
     "eval": "evaluating", "save": "saving",
 }  # fmt: skip
 
@@ -50,7 +49,7 @@ class Finished(NamedTuple):
       kept: what a resumed run must know, from the start of the run.
     """
 
-    config: GlueConfig
+    config: RunConfig
     folder: Folder
     task: Task
     model: Pretrained
@@ -71,12 +70,12 @@ def write(run: Finished) -> dict[str, Any]:
     ranks = final_ranks(run.state.masks, run.sites) if plan else run.kept["ranks"]
     summary = {
         "method": run.config.method, "model": run.config.model, "task": run.task.name, "seed": run.config.seed,
-        "metric": run.task.metric, "score": run.recorder.last[run.task.metric], "best_score": run.recorder.best,
-        "metrics": run.recorder.last, "adapter_params": trained(run.state), "head_params": trained(run.state, head=True),
+        "metric": run.task.metrics[0], "score": run.recorder.last[run.task.metrics[0]], "best_score": run.recorder.best,
+        "metrics": run.recorder.last, **parameters(run.state),
         "budget": plan["budget"] if plan else None, "ranks": ranks,
         "layers_adapted": len({site.layer for site in run.sites if ranks[site.path]}) if plan else None,
         "steps": int(run.state.step), "events": events, "device": device(),
-        "command": ["python", "-m", "experiments.glue", "--config", str(folder.path / "config.yaml")],
+        "command": ["python", "-m", run.task.program, "--config", str(folder.path / "config.yaml")],
     }  # fmt: skip
     if plan and plan["gap"] is not None:
         summary["allocation"] = plan
@@ -84,7 +83,7 @@ def write(run: Finished) -> dict[str, Any]:
         summary |= {"adapter_params_at_start": run.kept["adapter_params"], "ranks_at_start": run.kept["ranks"]}
         title = f"{run.config.method} on {run.task.name}"
         report.plot_pruning(
-            run.recorder.history(), events, folder.own("pruning.png"), title=title, metric=run.task.metric,
+            run.recorder.history(), events, folder.own("pruning.png"), title=title, metric=run.task.metrics[0],
             budget=events[-1].get("budget"),
         )  # fmt: skip
         report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder.own("ranks_after.png"), title=title)
@@ -130,19 +129,16 @@ def _save(run: Finished) -> Saved:
 
 def _save_model(run: Finished, config: EncoderConfig, params: Any, library: str | None) -> None:
     """Save a checkpoint that needs no other."""
-    save_classifier(
-        run.folder.own("model"), config, params, tokenizer=run.model.folder, labels=run.task.labels,
-        beside=_about(run, None, library),
-    )  # fmt: skip
+    run.task.save(run.folder.own("model"), config, params, run.model.folder, _about(run, None, library))
     run.folder.complete("model")
 
 
 def _about(run: Finished, base_model: str | None, library: str | None) -> dict[str, bytes]:
     """Return the files that say what the folder beside them predicts, for `load_run` and for people."""
     config, task = run.config, run.task
-    assert config.max_length
-    reading = Reading(base_model, task.texts, task.labels, config.max_length, config.dtype)
-    return {PREDICT: reading.content(), **card(config, task, run.recorder.last, library=library)}
+    assert config.max_length and config.dtype
+    reading = task.reading(base_model, config.max_length, config.dtype)
+    return {**reading, **card(config, task, run.recorder.last, library=library)}
 
 
 def _conclude(summary: dict[str, Any], folder: Path, saved: Saved) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ import numpy as np
 
 from experiments.data.packing import Batches
 from experiments.run.clock import Clock
-from experiments.run.config import GlueConfig
+from experiments.run.config import RunConfig
 from experiments.run.folder import Folder
-from experiments.tasks.classification import Task
-from experiments.tasks.metrics import compute
+from experiments.tasks.base import Task
 from jaxprune import report
 from jaxprune.adapters import count, with_weights
 from jaxprune.files import write_whole
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: GlueConfig,
+        config: RunConfig,
         folder: Folder,
         task: Task,
         validation: dict[str, Batches],
@@ -49,7 +49,7 @@ class Recorder:
         clock: Clock,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps
+        self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps or 1
         self._task, self._validation, self._labels = task, validation, labels
         self._params, self._predict, self._method = params, predict, method
         self._schedule, self._clock = schedule, clock
@@ -73,21 +73,21 @@ class Recorder:
             params = with_weights(self._params, state.weights)
             for split, batches in self._validation.items():
                 outputs = [self._predict(params, adapters, masks, batch) for batch in batches.all()]
-                logits = batches.restore(jax.device_get(outputs))
-                if not np.isfinite(logits).all():
+                found = batches.restore(jax.device_get(outputs))
+                if not np.isfinite(found).all():
                     raise NonFiniteError(
                         f"step {number}: the outputs on {split} are not finite; lower the learning rate"
                     )
-                metrics = compute(self._task, logits, self._labels[split])
+                metrics = self._task.score(found, self._labels[split])
                 self._write(number, {"split": split, **metrics})
                 if split == self._task.validation[0]:
                     self.last = metrics
                 else:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
-        score = self.last[self._task.metric]
+        score = self.last[self._task.metrics[0]]
         self.best = max(self.best, score)
-        parameters = trained(state)
-        return f"{self._task.metric} {score:.2f} (best {self.best:.2f}), {parameters:,} adapter parameters"
+        counted = parameters(state)
+        return f"{self._task.metrics[0]} {score:.2f} (best {self.best:.2f}), {said(counted)}"
 
     def loss_so_far(self) -> str:
         """Return the mean training loss of the steps since this was last asked for, and how it has changed."""
@@ -119,10 +119,21 @@ class Recorder:
                     self._board.add_scalar(f"{values.get('split', 'train')}/{name}", value, number)
 
 
-def trained(state: TrainState, *, head: bool = False) -> int:
-    """Count the trained parameters outside the head, or those of the head."""
-    weights = sum(leaf.size for path, leaf in state.weights.items() if path.startswith("head/") == head)
-    return weights if head else weights + count(state.adapters, state.masks)
+def parameters(state: TrainState) -> dict[str, int]:
+    """Count what is trained, as summary.json has it: adapters, leaves of the model, and of these the ones in the head."""
+    size = lambda weights: sum(weight.size for weight in weights)  # noqa: E731
+    return {
+        "adapter_params": count(state.adapters, state.masks),
+        "weight_params": size(state.weights.values()),
+        "head_params": size(weight for path, weight in state.weights.items() if path.startswith("head/")),
+    }
+
+
+def said(counted: Mapping[str, int]) -> str:
+    """Say how many parameters are trained beside the head's: of adapters, and of the model's own where there are any."""
+    own = counted["weight_params"] - counted["head_params"]
+    parts = [f"{counted['adapter_params']:,} adapter parameters"] if counted["adapter_params"] or not own else []
+    return " and ".join([*parts, *([f"{own:,} parameters of the model"] if own else [])])
 
 
 def versions() -> dict[str, str]:

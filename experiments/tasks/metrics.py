@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from experiments.tasks.classification import Task, get_task
 from jaxprune.errors import UsageError
 
 
-def compute(task: Task | str, predictions, labels) -> dict[str, float]:
+class Scored(Protocol):
+    """What the figures must know of a task."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+    @property
+    def num_labels(self) -> int: ...
+    @property
+    def regression(self) -> bool: ...
+
+
+def compute(task: Scored, predictions, labels) -> dict[str, float]:
     """Compute every metric of a task, in percent; the first one is the score.
 
     Where a figure is undefined it is 0, without a warning: Matthews when predictions or labels are all of one class,
     Pearson and Spearman when either side is constant, F1 without any true positive.
 
     Args:
-        task: a task or its name.
+        task: what they are figures of.
         predictions: classes `(n,)` or logits `(n, num_labels)`; for regression values `(n,)` or `(n, 1)`.
         labels: `(n,)`.
 
@@ -25,7 +39,6 @@ def compute(task: Task | str, predictions, labels) -> dict[str, float]:
     Returns:
         metric name -> percent.
     """
-    task = get_task(task) if isinstance(task, str) else task
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape not in ((len(labels),), (len(labels), task.num_labels)) or not len(labels):
         raise UsageError(

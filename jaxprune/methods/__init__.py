@@ -23,3 +23,6 @@ from jaxprune.methods.base import Probes as Probes
 from jaxprune.methods.base import Start as Start
 from jaxprune.methods.registry import METHODS as METHODS
 from jaxprune.methods.registry import Entry as Entry
+
+# What a command that is given none trains with.
+DEFAULT = "oplora"

@@ -56,10 +56,9 @@ def oplora(
       budget: the most adapter parameters that the plan may have; None for half of uniform rank 16.
       time_budget: longest predicted step time, relative to uniform rank 16 at every site; None for no limit.
       score: what sites are scored by before training, see `jaxprune.site_scores`.
-      per_sample: take the score of each sample's gradient and average, as eq. 1 says, on the context's `samples`; or of the
-        gradient of a batch's mean loss, on its `batches`, which costs one backward pass a batch and ranks sites nearly alike;
-        None for samples where the score is `squared`, as in the released code, and for batches otherwise. The plan's status
-        says which.
+      per_sample: take the score of each sample's gradient and average, as eq. 1 says, on the context's `samples`, and not that
+        of a batch's mean gradient, which is cheaper and ranks sites nearly alike; None for samples where the score is
+        `squared`, as in the released code. The plan's status says which.
       ranks: candidate ranks, 0 among them.
       solver: what solves for the ranks; `auto` is the fastest that is installed.
       time_limit: seconds the solver may take; then its best plan so far is used, and said to be so.

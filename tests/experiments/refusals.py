@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
-    "experiments.run.loop", "experiments.run.comparison", "cvxpy", "orbax.checkpoint", "tokenizers", "pyarrow.parquet",
+    "experiments.run.loop", "experiments.run.flags", "experiments.run.comparison",
+    "cvxpy", "orbax.checkpoint", "tokenizers", "pyarrow.parquet",
     *(f"transformers.models.{name}.configuration_{name}" for name in ("auto", "bert", "roberta", "distilbert")),
 ])  # fmt: skip
 
@@ -68,10 +69,11 @@ def _child(program: str, arguments: list[str], folder: str, aside: str) -> None:
 
 
 def _main(program: str) -> None:
-    from experiments.run import comparison, loop
+    from experiments import glue
+    from experiments.run import comparison
     from experiments.run.cli import main
 
-    main({"experiments.glue": loop.main, "experiments.compare": comparison.run}[program], program)
+    main({"experiments.glue": glue.main, "experiments.compare": comparison.run}[program], program)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from experiments.run.build import check_sites, method_settings
-from experiments.run.cli import parse
-from experiments.run.config import GlueConfig, total_steps
+from experiments.run.config import RunConfig, total_steps
+from experiments.run.flags import parse_run
 from jaxprune import Site, UsageError
-from jaxprune.models import EncoderConfig
 from tests.experiments.refusals import assert_refused, command
 
 HUGE = "9" * 31
@@ -20,8 +19,14 @@ LONG = "x" * 300
 BYTES = "ru\udcffn"
 
 
+OF_DPLORA = ("prune-ratio", "events", "recovery-steps", "ema-decay", "momentum", "stability")
+# The setting's own name stands in the message.
+NAMED = {"prune-ratio": "target", "lora-dropout": "dropout"}
+
+
 def flag(name: str, value: str, message: str) -> tuple[list[str], str]:
-    return [f"--{name}={value}"], rf"--{name} {message}"
+    method = ["--method", "dplora"] if name in OF_DPLORA else []
+    return [*method, f"--{name}={value}"], rf"--{NAMED.get(name, name)} {message}"
 
 
 def out_of_range(name: str, *values: str) -> dict[str, tuple[list[str], str]]:
@@ -62,9 +67,9 @@ NUMBERS = {
     "decay that float32 rounds to 1": flag("ema-decay", "0.99999999999", "0.99999999999 is 1 in float32"),
     "batch that cannot be split": (["--batch-size", "10", "--accumulate", "4"], r"--batch-size 10.*--accumulate 4"),
     "exponent for a whole number": (["--rank", "1e3"], r"--rank: 1e3 is no int"),
-    "half an event": (["--events", "2.5"], r"--events: 2.5 is no int"),
+    "half an event": (["--method", "dplora", "--events", "2.5"], r"--events: 2.5 is no int"),
     "word for a number": (["--rank", "four"], r"--rank: four is no int"),
-    "nothing for a number": (["--lora-dropout", ""], r"--lora-dropout"),
+    "nothing for a number": (["--lora-dropout", ""], r"dropout"),
     "number left out": (["--rank"], r"Missing value.*--rank"),
     "number on two lines": (["--rank", "4\n5"], r"--rank"),
     "number of bytes": (["--seed", BYTES], r"--seed"),
@@ -86,7 +91,14 @@ TEXTS = {
     "zero byte": flag("output-dir", "a\0b", r"'a\\x00b' cannot be used"),
     "escape": flag("task", "\x1b[31mrte", r"'\\x1b\[31mrte' cannot be used"),
     "unknown flag": (["--rnak", "4"], r"--rnak.*nearest known: --rank"),
-    "unknown method": (["--method", "lorra"], r"lorra.*oplora"),
+    "unknown method": (["--method", "lorra"], r"--method 'lorra' is not known; expected .*oplora.*nearest: lora"),
+    "no method": (["--method"], r"--method"),
+    "a setting of others": (["--method", "lora", "--interval", "3"],
+                            r"--interval is no setting of lora; nearest of its own: .*; adalora, g2r2, prunedlora have it"),
+    "a setting of another": (["--method", "full", "--prune-ratio=0.5"],
+                             r"--prune-ratio is no setting of full; it has none; dplora has it"),
+    "a switch of another": (["--no-robust"], r"--robust is no setting of oplora; .*; g2r2 has it"),
+    "a flag and the same set": (["--rank", "3", "--set", "rank=4"], r"--set rank and its own flag are both given"),
     "unknown task": (["--task", "mrcp"], r"mrcp.*mrpc"),
     "unknown preset": (["--preset", "papper"], r"papper.*nearest: paper"),
     "long preset": (["--preset", "p" * 5000], r"--preset 'p+\.\.\.p+' is not known"),
@@ -122,7 +134,7 @@ SETTINGS = {
     "twice the same": (["--method", "lora", "--set", "rank=2", "rank=3"], r"--set gives 'rank' 2 times"),
     "what the run sets": setting("adalora", "total_steps=5", r"'total_steps=5' is set by the run itself"),
     "what the model sets": setting("channelmask", "heads=5", r"'heads=5' is set by the run itself"),
-    "a function": setting("dplora", "schedule=linear", r"'schedule=linear' is set by the run itself"),
+    "no budget schedule": setting("dplora", "schedule=sudden", r"--set schedule: 'sudden' is not known; expected one of bezier"),
     "half-integer": setting("g2r2", "interval=2.5", r"--set interval: 2.5 cannot be used; expected a whole number"),
     "true for a number": setting("g2r2", "interval=true", r"--set interval: True cannot be used"),
     "null for a number": setting("g2r2", "final=null", r"--set final: None cannot be used"),
@@ -224,14 +236,15 @@ ACCEPTED = {
     "huge": (
         f"--method bitfit --epochs {HUGE} --max-steps 2 --eval-steps {HUGE} --save-steps {HUGE} --log-steps {HUGE} "
         f"--keep {HUGE} --max-train-samples {HUGE} --score-batches {HUGE} --seed 4294967295 --warmup 1e300 "
-        f"--max-grad-norm 1e38 --time-limit 1e300"
+        f"--max-grad-norm 1e38"
     ),
     "tiny": (
         "--method bitfit --max-steps 1 --batch-size 1 --max-train-samples 1 --max-length 9 --eval-steps 1 --save-steps 1 "
         "--log-steps 1 --keep 1 --seed 0 --warmup 0 --weight-decay 0 --max-grad-norm 1.2e-38 --learning-rate 1.2e-38"
     ),
     "steps by epochs alone": f"--method bitfit --epochs 1 --max-steps {HUGE} --max-train-samples 8",
-    "budget above all sites": f"--max-steps 1 --budget {HUGE} --rank 36 --alpha 1.2e-38 --lora-dropout 0.9999999",
+    "budget above all sites": f"--max-steps 1 --budget {HUGE} --rank 36 --alpha 1.2e-38 --lora-dropout 0.9999999 "
+    "--time-limit 1e300",
     "a batch above the data": "--method bitfit --max-steps 1 --batch-size 1024 --accumulate 512",
     "a shared pair above all kernels": "--method vera --max-steps 1 --rank 512",
     "sharing from the first change on": "--method loradrop --max-steps 2 --warmup 1",
@@ -251,20 +264,18 @@ def test_extremes_that_run(kind, run_flags, tmp_path):
 
 
 def test_total_steps():
-    assert total_steps(GlueConfig(epochs=3).resolve(), 7) == 21
-    assert total_steps(GlueConfig(epochs=3, max_steps=20).resolve(), 7) == 20
-    assert total_steps(GlueConfig(epochs=10**30, max_steps=2**31 - 1).resolve(), 7) == 2**31 - 1
+    assert total_steps(RunConfig.of(epochs=3).resolve(), 7) == 21
+    assert total_steps(RunConfig.of(epochs=3, max_steps=20).resolve(), 7) == 20
+    assert total_steps(RunConfig.of(epochs=10**30, max_steps=2**31 - 1).resolve(), 7) == 2**31 - 1
     with pytest.raises(UsageError, match="--epochs .* or set --max-steps"):
-        total_steps(GlueConfig(epochs=2, max_steps=10**30).resolve(), 2**30)
+        total_steps(RunConfig.of(epochs=2, max_steps=10**30).resolve(), 2**30)
 
 
 def test_ranks_of_a_pair_at_each_site_are_bounded_by_its_kernel():
     sites = [Site("layer_0/query", 8, 8, 0, "query"), Site("layer_0/fc1", 8, 32, 0, "fc1")]
-    encoder: Any = EncoderConfig.__new__(EncoderConfig)
-    object.__setattr__(encoder, "num_heads", 2)
 
     def accepted(method: str, **more: Any) -> bool:
-        settings = method_settings(GlueConfig(method=method, **more).resolve(), 100, encoder)  # pyright: ignore
+        settings = method_settings(RunConfig.of(method=method, **more).resolve(), 100, 2)
         try:
             check_sites(sites, settings)
         except UsageError as error:
@@ -275,14 +286,14 @@ def test_ranks_of_a_pair_at_each_site_are_bounded_by_its_kernel():
     assert accepted("lora", rank=8) and not accepted("lora", rank=9)
     assert accepted("oplora", rank=8) and not accepted("oplora", rank=9)
     assert accepted("adalora", rank=5) and not accepted("adalora", rank=6)
-    assert not accepted("lora", rank=8, set=("rank=9",)) and accepted("vera", rank=9) and accepted("full", rank=9)
+    assert not accepted("lora", set=("rank=9",)) and accepted("vera", rank=9) and accepted("full")
     with pytest.raises(UsageError, match="--targets matches 'pooler/dense'"):
         check_sites([*sites, Site("pooler/dense", 8, 8, 0, "dense")], {})
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = parse(GlueConfig, ["--output-dir", "~/run", "--data-dir", "~", "--model", "~/bert"], "glue").resolve()
+    config = parse_run(["--output-dir", "~/run", "--data-dir", "~", "--model", "~/bert"], "glue").resolve()
     assert (config.output_dir, config.data_dir, config.model) == (tmp_path / "run", tmp_path, str(tmp_path / "bert"))
 
 
@@ -293,11 +304,11 @@ def test_a_missing_solver_says_how_to_get_it(run_flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules["jaxprune.allocation.solving"], "installed", lambda: ("HIGHS",))
     with pytest.raises(UsageError, match=r"solver CBC is not installed; `pip install cylp`"):
-        run(parse(GlueConfig, [*run_flags, "--solver", "CBC", "--output-dir", str(tmp_path / "run")], "glue"))
+        run(parse_run([*run_flags, "--solver", "CBC", "--output-dir", str(tmp_path / "run")], "glue"))
     assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("experiments.run.config.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--tensorboard needs tensorboardX.*pip install"):
-        GlueConfig(tensorboard=True).resolve()
+        RunConfig.of(tensorboard=True).resolve()

@@ -25,7 +25,7 @@ def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
     assert oplora["params"] <= 1500 and oplora["spread"] is None and (tmp_path / "out" / "compare.png").stat().st_size
     shown = capsys.readouterr().out
     assert "running    run 1 of 2: rte with bitfit and seed 1; all that it prints is in" in shown
-    assert re.search(r"score      accuracy .*adapter parameters, in .*; .* so far", shown) and "run 2 of 2" in shown
+    assert re.search(r"score      accuracy .*trained parameters, in .*; .* so far", shown) and "run 2 of 2" in shown
     assert "  loading    rte: rows and their tokens" in shown and "  compiling  the training step" in shown
     folder = tmp_path / "out" / "rte-bitfit-1"
     summary = json.loads((folder / "summary.json").read_text())
@@ -51,14 +51,15 @@ def test_runs_are_made_once_and_set_side_by_side(flags, tmp_path, capsys):
 
 def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeypatch):
     seconds = {"train": 4.0, "compile": 1.0, "total": 6.0}
-    summary = {"score": 50.0, "best_score": 60.0, "metric": "accuracy", "adapter_params": 7, "steps": 2}
+    summary = {"score": 50.0, "best_score": 60.0, "metric": "accuracy", "adapter_params": 7, "steps": 2,
+               "weight_params": 5, "head_params": 3}  # fmt: skip
 
     def fake(glue, log):
         method, folder = glue[glue.index("--method") + 1], tmp_path / "out" / glue[-1].rsplit("/", 1)[-1]
         if method == "lora":
             log.write_text("experiments.glue: stopped: step 1: the loss is not finite\n")
             return 1
-        config = compare.parse(compare.GlueConfig, ["--method", method, "--task", "rte", *flags], "glue").resolve()
+        config = compare.parse_run(["--method", method, "--task", "rte", *flags], "glue").resolve()
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps({**summary, "seconds": seconds, "config": config.plain()}))
         return 0
@@ -67,14 +68,16 @@ def test_a_run_that_breaks_off_does_not_stop_the_others(flags, tmp_path, monkeyp
     with pytest.raises(UsageError, match="1 of 2 runs are missing in the table: rte with lora.*the loss is not finite"):
         compare.run(["--tasks", "rte", "--methods", "lora", "bitfit", *flags])
     (line,) = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
-    assert line == "| rte, accuracy | bitfit | 50.0 | 60.0 | 7 | 2.000 | 1 | 6 |"
+    assert line == "| rte, accuracy | bitfit | 50.0 | 60.0 | 9 | 2.000 | 1 | 6 |"
     (tmp_path / "out" / "rte-bitfit-42" / "summary.json").write_text('{"score": 1}')
     with pytest.raises(UsageError, match=r"rte-bitfit-42/summary.json' is damaged \(no 'metric' in it\); move it away"):
         compare.run(["--tasks", "rte", "--methods", "lora", "bitfit", *flags])
 
 
 WRONG = {
-    "--methods dplra": "invalid choice 'dplra'",
+    "--methods dplra": "--method 'dplra' is not known; .*nearest: dplora",
+    "--methods lora bitfit --interval 3": "--interval is no setting of lora, bitfit; adalora, g2r2, prunedlora have it",
+    "--methods lora bitfit:--rank=3": "--rank is no setting of bitfit; it has none; .* have it",
     "--methods lora lora:--rank": "Missing value for argument '--rank'",
     "--methods lora --epochs none": "none is no int",
     "--methods lora --epochs 0": "--epochs 0",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.data import rows as data
-from experiments.data.rows import load_task
+from experiments.tasks import get_task
 from jaxprune.errors import UsageError
 
 TRAIN = [
@@ -53,7 +53,7 @@ def folder(root: Path, train=TRAIN, validation=VALIDATION, ending=".jsonl") -> P
     "ending", [".parquet", ".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", "-00000-of-00001.parquet"]
 )
 def test_every_format_reads_alike(tmp_path, ending):
-    rows = load_task("rte", folder(tmp_path, ending=ending))
+    rows = get_task("rte").rows(folder(tmp_path, ending=ending))
     assert list(rows) == ["train", "validation"]
     assert rows["train"].texts == ([r["sentence1"] for r in TRAIN], [r["sentence2"] for r in TRAIN])
     assert rows["train"].labels.dtype == np.int32
@@ -64,47 +64,45 @@ def test_every_format_reads_alike(tmp_path, ending):
 @pytest.mark.parametrize("nested", [".", "rte", "glue/rte"])
 def test_the_folder_may_be_nested(tmp_path, nested):
     folder(tmp_path / nested)
-    assert len(load_task("rte", tmp_path)["train"]) == 3
+    assert len(get_task("rte").rows(tmp_path)["train"]) == 3
 
 
 def test_shards_are_joined_in_order(tmp_path):
     folder(tmp_path, ending="-00000-of-00002.jsonl")
     write(tmp_path / "train-00001-of-00002.jsonl", VALIDATION)
     with pytest.raises(UsageError, match=r"1 of 2 files validation-\*"):
-        load_task("rte", tmp_path)
+        get_task("rte").rows(tmp_path)
     write(tmp_path / "validation-00001-of-00002.jsonl", VALIDATION)
-    assert load_task("rte", tmp_path)["train"].texts[0] == [*(r["sentence1"] for r in TRAIN), "one"]
+    assert get_task("rte").rows(tmp_path)["train"].texts[0] == [*(r["sentence1"] for r in TRAIN), "one"]
 
 
 def test_only_the_first_rows(tmp_path):
-    rows = load_task("rte", folder(tmp_path, validation=TRAIN), max_train_samples=2, max_eval_samples=1)
-    assert rows["train"].texts[0] == [r["sentence1"] for r in TRAIN[:2]] and len(rows["validation"]) == 1
-    with pytest.raises(UsageError, match="max_train_samples is 0"):
-        load_task("rte", tmp_path, max_train_samples=0)
+    rows = get_task("rte").rows(folder(tmp_path, validation=TRAIN), 2)
+    assert rows["train"].texts[0] == [r["sentence1"] for r in TRAIN[:2]] and len(rows["validation"]) == len(TRAIN)
 
 
 def test_regression_labels_are_real(tmp_path):
     records = [{**TRAIN[0], "label": 3.8}, {**TRAIN[1], "label": "0.25"}]
-    labels = load_task("stsb", folder(tmp_path, train=records))["train"].labels
+    labels = get_task("stsb").rows(folder(tmp_path, train=records))["train"].labels
     assert labels.dtype == np.float32
     np.testing.assert_array_equal(labels, np.array([3.8, 0.25], np.float32))
 
 
 def test_an_empty_name_of_a_folder():
     with pytest.raises(UsageError, match="data_dir is empty"):
-        load_task("rte", "")
+        get_task("rte").rows("")
 
 
 def test_the_built_in_task_needs_no_files(tmp_path):
-    rows = load_task("grammar", max_train_samples=100)
+    rows = get_task("grammar").rows(None, 100)
     assert len(rows["train"]) == 100 and len(rows["validation"]) == 1000
     with pytest.raises(UsageError, match="built in and reads no files"):
-        load_task("grammar", tmp_path)
+        get_task("grammar").rows(tmp_path)
 
 
 def fails(root: Path, message: str, task: str = "rte") -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        load_task(task, root)
+        get_task(task).rows(root)
     assert "\n" not in str(caught.value)
     assert str(root) in str(caught.value)
 
@@ -142,7 +140,7 @@ def test_what_is_odd_and_right_is_read(tmp_path):
         folder(tmp_path)
         (tmp_path / "train.jsonl").unlink()
         (tmp_path / name).write_bytes(content)
-        rows = load_task("rte", tmp_path)["train"]
+        rows = get_task("rte").rows(tmp_path)["train"]
         assert (rows.texts, rows.labels.tolist()) == (([first], ["b"]), [1])
         (tmp_path / name).unlink()
 
@@ -162,7 +160,7 @@ def test_parquet_columns_of_other_types(tmp_path):
         "other": pyarrow.array([2**50] * 2, pyarrow.timestamp("s")),  # years that Python does not know
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
-    rows = load_task("rte", tmp_path)["train"]
+    rows = get_task("rte").rows(tmp_path)["train"]
     assert (rows.texts, rows.labels.tolist()) == ((["a", "a"], ["b", "c"]), [1, 0])
 
 
@@ -244,7 +242,7 @@ def test_offline_the_hub_fails_at_once(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     before = constants.HF_HUB_OFFLINE
     with pytest.raises(UsageError, match="cannot load 'rte' .*offline: Couldn't reach it.*pass data_dir") as caught:
-        load_task("rte")
+        get_task("rte").rows()
     assert called == [(("nyu-mll/glue", "rte"), True, True)] and "\n" not in str(caught.value)
     assert constants.HF_HUB_OFFLINE == before
 
@@ -255,13 +253,13 @@ def test_the_hub_is_checked_like_a_file(monkeypatch):
     loaded = {split: datasets.Dataset.from_list(TRAIN) for split in ("train", "validation")}
     monkeypatch.setattr(data, "_reachable", lambda endpoint: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: loaded)
-    assert load_task("rte")["validation"].texts[0] == [r["sentence1"] for r in TRAIN]
+    assert get_task("rte").rows()["validation"].texts[0] == [r["sentence1"] for r in TRAIN]
     loaded["train"] = datasets.Dataset.from_list([{**TRAIN[0], "label": -1}])
     with pytest.raises(UsageError, match="nyu-mll/glue:train: label of row 0 is -1"):
-        load_task("rte")
+        get_task("rte").rows()
     del loaded["validation"]
     with pytest.raises(UsageError, match="no split 'validation'"):
-        load_task("rte")
+        get_task("rte").rows()
 
 
 def test_an_address_that_does_not_answer():

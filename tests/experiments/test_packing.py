@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data.packing import Batches, _cover, deal, evaluation_batches, single_example_batches
-from experiments.data.rows import load_task
 from experiments.data.tokens import Encoded, encode
-from experiments.tasks.classification import TASKS
+from experiments.tasks import TASKS, get_task
 from jaxprune.errors import UsageError
 
 KEYS = {"input_ids", "segment_ids", "position_ids", "token_type_ids", "first_tokens", "labels", "weights"}
@@ -284,7 +283,7 @@ def test_steps_out_of_range():
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
 def test_little_padding_on_real_data(task, minilm, real_data):
     """Computed tokens per real token stay below the bounds, over several epochs of real batches."""
-    rows = load_task(task, real_data / "glue", max_train_samples=6000)
+    rows = get_task(task).rows(real_data / "glue", 6000)
     encoded = encode(rows["train"], minilm, cache_dir=None)
     batches = Batches(encoded, 32, 42)
     assert len(batches.shapes) <= 3

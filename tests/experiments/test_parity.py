@@ -9,10 +9,8 @@ import pytest
 
 import jaxprune as jp
 from experiments.data.packing import Batches
-from experiments.data.rows import load_task
 from experiments.data.tokens import encode
-from experiments.run.loop import make_loss
-from experiments.tasks.classification import get_task
+from experiments.tasks import get_task
 from jaxprune.models import SequenceClassifier, load_classifier
 
 STEPS = 15
@@ -43,13 +41,13 @@ def test_lora_trains_like_peft(tiny_bert, tiny_rte, tmp_path):
         [optax.linear_schedule(0.0, 1e-2, 4), optax.linear_schedule(1e-2, 0.0, STEPS - 4)], [4]
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    step = jp.make_step(jp.attach(model), make_loss(get_task("rte")), optimizer)
+    step = jp.make_step(jp.attach(model), get_task("rte").loss, optimizer)
     state = jp.init_state(jax.random.key(0), adapters, masks, optimizer, weights=weights)
 
     trained = [p for p in theirs.parameters() if p.requires_grad]
     their_optimizer = torch.optim.AdamW(trained, 1e-2, weight_decay=0.01)
     their_schedule = get_linear_schedule_with_warmup(their_optimizer, 4, STEPS)
-    encoded = encode(load_task("rte", tiny_rte)["train"], tiny_bert, 32, cache_dir=None)
+    encoded = encode(get_task("rte").rows(tiny_rte)["train"], tiny_bert, 32, cache_dir=None)
     batches = Batches(encoded, 8, seed=3)
     losses = []
     for number in range(STEPS):

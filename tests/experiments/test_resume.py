@@ -13,7 +13,7 @@ import pytest
 
 from experiments.bench import resume as bench_resume
 from experiments.bench.resume import ResumeConfig, kill_and_resume
-from experiments.run.config import GlueConfig
+from experiments.run.config import RunConfig
 from experiments.run.loop import run
 from jaxprune.errors import UsageError
 
@@ -62,11 +62,11 @@ def test_a_run_stopped_by_sigterm_is_saved_and_goes_on(tiny_bert, tiny_rte, tmp_
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] <= step
 
 
-def config(model, data, folder, **more) -> GlueConfig:
+def config(model, data, folder, **more) -> RunConfig:
     base = dict(
         model=str(model), data_dir=data, task="rte", batch_size=8, epochs=1, max_length=24, method="lora", rank=2
     )
-    return GlueConfig(**{**base, "output_dir": folder, **more})
+    return RunConfig.of(**{**base, "output_dir": folder, **more})
 
 
 def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_bert, tiny_rte, tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from experiments.tasks.classification import TASKS, get_task
+from experiments.tasks import TASKS, get_task
 from jaxprune.errors import UsageError
 
 
 def test_score_of_each_task():
-    scores = {name: task.metric for name, task in TASKS.items()}
+    scores = {name: task.metrics[0] for name, task in TASKS.items()}
     assert scores == {
         "cola": "matthews",
         "sst2": "accuracy",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from experiments.data import tokens
-from experiments.data.rows import Rows, load_task
+from experiments.data.rows import Rows
 from experiments.data.tokens import check_ids, encode
-from experiments.tasks.classification import TASKS
+from experiments.tasks import TASKS, get_task
 from jaxprune.errors import UsageError
 from jaxprune.models import EncoderConfig
 
@@ -65,7 +65,7 @@ def test_minilm_equals_transformers(minilm):
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
 def test_real_data_equals_transformers(task, minilm, real_data):
-    for rows in load_task(task, real_data / "glue", max_train_samples=300, max_eval_samples=300).values():
+    for rows in get_task(task).rows(real_data / "glue", 300).values():
         assert_equals_transformers(rows, minilm, 48)
 
 
