@@ -20,13 +20,11 @@ from jaxprune.sites import site_at
 
 SITES = [site_at(f"layer_{layer}/fc1", 384, 1536) for layer in range(6)]
 RANKS = {site.path: 8 for site in SITES}
-# Their files and what they make still have the same names.
-UNCHECKED = ("jaxprune.methods.",)
 
 
 def test_the_example_of_help_runs(capsys):
     (example,) = re.findall(r":\n\n((?:    .*\n)+)\nPrinting", jp.__doc__)
-    assert len(example.splitlines()) == 10 and max(map(len, example.splitlines())) <= 100
+    assert len(example.splitlines()) <= 10 and max(map(len, example.splitlines())) <= 100
     exec(textwrap.dedent(example), {})
     assert "Plan(2 of 2 sites" in (said := capsys.readouterr().out) and "TrainState(step 1: 2 Lora" in said
 
@@ -55,7 +53,7 @@ def test_the_import_is_light():
 
 def test_no_module_is_hidden_by_another_name():
     found = [module.name for module in pkgutil.walk_packages(jp.__path__, "jaxprune.")]
-    found = [name for name in found if not name.startswith(UNCHECKED) and name != "jaxprune.__main__"]
+    found = [name for name in found if name != "jaxprune.__main__"]
     for name in found:
         importlib.import_module(name)
     hidden = [
