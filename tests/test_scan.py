@@ -109,6 +109,8 @@ METHODS = {
     "oplora": lambda: jp.oplora(budget=500, ranks=range(5), solver="DP"),
     "dplora": lambda: jp.dplora(jp.oplora(budget=500, ranks=range(5), solver="DP"), total_steps=40, events=4),
     "g2r2": lambda: jp.g2r2(rank=3, warmup=5, progressive=20, interval=5),
+    "adalora": lambda: jp.adalora(total_steps=40, init_rank=4, target_rank=2, tinit=4, tfinal=16, alpha=32),
+    "prunedlora": lambda: jp.prunedlora(rank=4, target=2, interval=8, total_steps=40),
 }
 
 

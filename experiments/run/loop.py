@@ -157,7 +157,7 @@ def _run(
         clock,
         kept,
     )
-    pruner = Pruner(method, optimizer, context, clock, steps, config.compact or "auto", kept["events"])
+    pruner = Pruner(method, optimizer, context._replace(params=params), clock, steps, config.compact or "auto", kept["events"])
     every = config.eval_steps or data.train.steps_per_epoch
 
     def evaluated(number: int) -> bool:
