@@ -221,9 +221,9 @@ def test_the_channel_masks_train_as_many_parameters_as_the_slides_say(layers, he
 def test_every_method_of_the_command_line_is_made_for_a_short_and_a_long_run(method, total):
     made = make_method(RunConfig.of(method=method, task="mrpc").resolve(), total, 12)
     assert all(1 <= step <= total for step in made.events)
-    if method == "dplora":
-        assert len(made.events) == 10
+    if (
+        method == "dplora"
+    ):  # in 20 steps, of which one warms up, the first of more would come before anything is measured
+        assert len(made.events) == (10 if total > 20 else 8) and made.events[0] >= 3
     if method == "g2r2":  # which measures nothing while the learning rate warms up, 6 % of the run
-        assert (
-            made.probes and not made.probes.when(int(0.06 * total) - 1) and made.probes.when(2000 if total > 20 else 2)
-        )
+        assert made.probes and not made.probes.when(int(0.06 * total)) and made.probes.when(2001 if total > 20 else 3)

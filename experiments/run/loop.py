@@ -157,7 +157,9 @@ def _run(
         clock,
         kept,
     )
-    pruner = Pruner(method, optimizer, context._replace(params=params), clock, steps, config.compact or "auto", kept["events"])
+    pruner = Pruner(
+        method, optimizer, context._replace(params=params), clock, steps, config.compact or "auto", kept["events"]
+    )
     every = config.eval_steps or data.train.steps_per_epoch
 
     def evaluated(number: int) -> bool:
@@ -328,7 +330,10 @@ def _about(plan: Plan | None) -> dict[str, Any] | None:
 
 def _event(event: dict[str, Any]) -> str:
     """Say what a pruning event did."""
-    said = f"pruned from {event['params_before']:,} to {event['params_after']:,} adapter parameters"
+    before, after = event["params_before"], event["params_after"]
+    if before == after and "channels" not in event:
+        return f"pruned nothing, {after:,} adapter parameters" + (f": {event['status']}" if "status" in event else "")
+    said = f"pruned from {before:,} to {after:,} adapter parameters"
     return said + (", and compacted" if event["compacted"] else "")
 
 

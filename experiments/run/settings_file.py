@@ -39,7 +39,8 @@ def written(given: RunConfig, resolved: RunConfig) -> bytes:
     ]
     for name, (was_given, value, otherwise) in values.items():
         value = _plain(value if was_given else otherwise)
-        line = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6).rstrip()
+        flow = None if isinstance(value, list) else False  # a list in one line
+        line = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6, default_flow_style=flow).rstrip()
         lines.append(line if was_given else "# " + line.replace("\n", "\n# "))
     return ("\n".join(lines) + "\n").encode()
 

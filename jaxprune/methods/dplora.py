@@ -105,7 +105,7 @@ def dplora(
         for the whole run, because ranks only fall.
       total_steps: optimiser steps of the whole run.
       target: share of the adapter parameters to prune by the last event.
-      events: pruning events; None for 10, or as many as fit into a shorter run.
+      events: pruning events; None for 10, or in a shorter run as many as fit after the first measurement.
       delay: steps before pruning starts; the learning rate's warm-up in the paper.
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
       schedule: how the budget falls: `bezier`, `linear`, `early`, or a function from progress to the share of the pruning done.
@@ -121,8 +121,12 @@ def dplora(
         types of sites cannot all keep a rank within the last budget.
     """
     first, share, rescale = _begun(first), _share(schedule), scaling == "grow"
+    # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
+    earliest = 3 if delay else 2
     if events is None:
-        events = min(10, max(1, total_steps - delay - 1))
+        most = min(10, max(1, total_steps - delay - 1))
+        begins = lambda number: event_steps(number, total_steps, delay)[0] if number < total_steps - delay else 0  # noqa: E731
+        events = next((number for number in range(most, 0, -1) if begins(number) >= earliest), most)
     steps = event_steps(events, total_steps, delay)
     interval = (total_steps - delay) / (events + 1)
     recovery = min(100, int(interval / 2)) if recovery_steps is None else recovery_steps
@@ -131,8 +135,6 @@ def dplora(
             f"recovery of {recovery} steps does not fit between events {interval:.0f} steps apart; expected fewer "
             f"recovery steps, fewer events, or a longer run"
         )
-    # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
-    earliest = 3 if delay else 2
     if importance == "training" and steps[-1] < earliest:
         raise UsageError(
             f"the last pruning event comes after step {steps[-1]}, and nothing can be measured before step {earliest}; "

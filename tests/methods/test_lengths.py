@@ -20,7 +20,7 @@ EVENTS = {
     "dplora": (
         "at most 0 events",
         "after step 1, and nothing can be measured before step 2",
-        tuple(20 * n // 11 for n in range(1, 11)),
+        tuple(20 * n // 10 for n in range(1, 10)),
         tuple(600 * n // 11 for n in range(1, 11)),
         tuple(20_000 * n // 11 for n in range(1, 11)),
     ),
