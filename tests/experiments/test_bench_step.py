@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.bench import __main__ as bench
+from experiments import bench
 from jaxprune import UsageError
 
 
