@@ -119,7 +119,7 @@ def test_a_run_leaves_what_it_promises(method, tiny_bert, tiny_rte, tmp_path, ca
     places = [
         shown.index(text) for text in (*begun, "step 6     accuracy", "step 20    accuracy", "writing    ", "files ")
     ]
-    assert places == sorted(places) and re.search(r"step 20 .*parameters, loss \d\.\d+ \([+-]\d", shown)
+    assert places == sorted(places) and re.search(r"step 20 .*parameters.*, loss \d\.\d+ \([+-]\d", shown)
     (files,) = (line for line in shown.splitlines() if line.startswith("files "))
     assert {name.rstrip("/") for name in files.partition(": ")[2].split(", ")} == {
         path.name for path in folder.iterdir() if not path.name.startswith(".")
