@@ -191,6 +191,24 @@ def test_one_row_for_all_tasks(task):
     )  # fmt: skip
 
 
+def test_a_number_of_components_lies_over_all_that_it_stands_for():
+    """A flag --rank wins over what a preset says of single ranks, and a flag of one of those over --rank."""
+
+    def ranks(method, **given):
+        config = RunConfig.of(method=method, task="mrpc", preset="paper", **given).resolve()
+        settings = method_settings(config, 60_000, 12)
+        return tuple(settings[name] for name in ("init_rank", "target_rank", "rank", "target") if name in settings)
+
+    assert (
+        ranks("adalora") == (2, 1) and ranks("adalora", rank=6) == (9, 6) and ranks("adalora", target_rank=2) == (2, 2)
+    )
+    assert ranks("adalora", rank=6, init_rank=7) == (7, 6)
+    assert ranks("prunedlora") == (128, 64) and ranks("prunedlora", rank=32) == (32, 16)
+    assert ranks("prunedlora", target=32) == (128, 32)
+    plain = RunConfig.of(method="prunedlora", target=4).resolve()
+    assert method_settings(plain, 100, 12)["rank"] == 16 and method_settings(plain, 100, 12)["target"] == 4
+
+
 def test_dylora_and_what_there_is():
     assert preset("paper", "dylora", "cola") == dict(learning_rate=0.0004, epochs=80, weight_decay=0.1, alpha=16)
     methods = {preset: sorted(tables) for preset, tables in PRESETS.items()}

@@ -1,30 +1,7 @@
-"""Benchmarks: `python -m experiments.bench NAME ...` runs `main(arguments)` of the module `experiments/bench/NAME.py`."""
+"""See `experiments.bench`."""
 
-from __future__ import annotations
-
-import importlib
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
+from experiments.bench import PROGRAM
 from experiments.run.start import start
 
-PROGRAM = "experiments.bench"
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Run the benchmark that the first argument names, with the others."""
-    from jaxprune.errors import UsageError, nearest  # here, as importing jaxprune takes a second
-
-    name, *rest = arguments or ["--help"]
-    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    if name in ("-h", "--help"):
-        print(f"usage: python -m {PROGRAM} {{{','.join(known)}}} ...")
-        sys.exit(0)
-    if name not in known:
-        raise UsageError(f"benchmark {name!r} is not known; nearest names: {nearest(name, known)}")
-    importlib.import_module(f"experiments.bench.{name}").main(rest)
-
-
 if __name__ == "__main__":
-    start(PROGRAM, "experiments.bench.__main__:run")
+    start(PROGRAM, f"{PROGRAM}:run")

@@ -47,13 +47,6 @@ class Clock:
             self.seconds[self._open[-1]] += now - self._mark - (compiled - self._compiled)
         self._mark, self._compiled = now, compiled
 
-    def move(self, name: str, other: str, *, keep: float) -> None:
-        """Count what is under one name, but for so many seconds, under another."""
-        self._count()
-        moved = max(self.seconds[name] - keep, 0.0)
-        self.seconds[name] -= moved
-        self.seconds[other] += moved
-
     def training(self) -> float:
         """Return the seconds since the start that are not counted under another name than training."""
         total = self.total()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -25,40 +26,35 @@ def planned(method: Method, context: Context, clock: Clock, name: str) -> Start:
       clock: counts the seconds.
       name: of the method, for people.
     """
-    sites = len(context.sites)
-    say("planning", f"{name} on {sites} kernels")
-    phase = _Phase(sites)
-    watched = context._replace(
-        batches=_Watched(context.batches, "batches", phase), samples=_Watched(context.samples, "samples", phase)
-    )
-    with clock.timing("allocate"), phase:
-        start = method.start(watched)
-    solving = start.plan.seconds if start.plan else 0.0
-    if phase.scored:
-        clock.move("allocate", "score", keep=solving)
-    return start
+    say("planning", f"{name} on {len(context.sites)} kernels")
+    with clock.timing("allocate"), _Phases(len(context.sites), clock) as phases:
+        return method.start(
+            context._replace(
+                batches=_Watched(context.batches, "batches", phases),
+                samples=_Watched(context.samples, "samples", phases),
+            )
+        )
 
 
-class _Phase:
-    """Says what is being done, the solving only where it takes long."""
+class _Phases:
+    """Says and times what is being done; the solving is said where it takes long."""
 
-    def __init__(self, sites: int) -> None:
-        self._sites, self._timer = sites, threading.Timer(0, lambda: None)
-        self.scored = False
+    def __init__(self, sites: int, clock: Clock) -> None:
+        self._sites, self._clock, self._timer = sites, clock, threading.Timer(0, lambda: None)
 
-    def scoring(self, what: str) -> None:
-        self.scored = True
+    @contextmanager
+    def scoring(self, what: str) -> Iterator[None]:
+        """Measure on data for the length of the block; what comes after it is solving."""
         say("scoring", f"{self._sites} kernels on {what}")
-
-    def after(self) -> None:
-        """Hear that the data are read: once all is computed, what comes now is solving."""
-        jax.block_until_ready(jax.live_arrays())
         self._timer.cancel()
+        with self._clock.timing("score"):
+            yield
+            jax.block_until_ready(jax.live_arrays())  # a backward pass is still under way when its call returns
         self._timer = threading.Timer(_SECONDS, lambda: say("solving", f"for the ranks of {self._sites} kernels"))
         self._timer.daemon = True
         self._timer.start()
 
-    def __enter__(self) -> _Phase:
+    def __enter__(self) -> _Phases:
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -68,8 +64,8 @@ class _Phase:
 class _Watched(Sequence[Any]):
     """Data that a method measures on, and that tell when they are read from the beginning and to the end."""
 
-    def __init__(self, items: Sequence[Any], name: str, phase: _Phase) -> None:
-        self._items, self._name, self._phase = items, name, phase
+    def __init__(self, items: Sequence[Any], name: str, phases: _Phases) -> None:
+        self._items, self._name, self._phases = items, name, phases
 
     def __len__(self) -> int:
         return len(self._items)
@@ -78,6 +74,5 @@ class _Watched(Sequence[Any]):
         return self._items[index]
 
     def __iter__(self) -> Iterator[Any]:
-        self._phase.scoring(f"{len(self)} {self._name}")
-        yield from self._items
-        self._phase.after()
+        with self._phases.scoring(f"{len(self)} {self._name}"):
+            yield from self._items

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.bench import __main__ as bench
+from experiments import bench
 from jaxprune import UsageError
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.bench import __main__ as bench
+from experiments import bench
 from jaxprune import UsageError
 
 

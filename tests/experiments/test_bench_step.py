@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments.bench import __main__ as bench
+from experiments import bench
 from experiments.bench import step as bench_step
 from jaxprune import UsageError
 

@@ -23,10 +23,9 @@ FILE = '''
 
 from typing import Annotated
 
-from jaxprune.adapters import init_lora
-from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Count, OneOf, Rank, Share
-from jaxprune.methods.base import Context, Method, Start
+from jaxprune.methods.base import Method
+from jaxprune.methods.lora import lora
 from jaxprune.methods.registry import register
 from jaxprune.scores import component_norms
 from jaxprune.surgery import Decision, trim
@@ -57,14 +56,10 @@ def forgetful(
     """
     kept = stay or rank // 2
 
-    def start(context: Context) -> Start:
-        plan = uniform_plan(context.sites, rank)
-        return Start(*init_lora(context.key, context.sites, plan.ranks), plan, context.params)
-
     def decide(state, adapters, masks, step, context):
         return state, Decision(trim(component_norms(dict(adapters)), masks, dict.fromkeys(masks, kept)))
 
-    return Method(start, decide=decide, events=(max(1, int(at * total_steps)),), name="forgetful")
+    return lora(rank=rank)._replace(decide=decide, events=(max(1, int(at * total_steps)),), name="forgetful")
 '''
 
 

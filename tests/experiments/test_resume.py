@@ -74,7 +74,7 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_bert, 
     first = run(config(tiny_bert, tiny_rte, folder))
     assert run(config(tiny_bert, tiny_rte, folder, resume=True)) == first, "a finished run has nothing left to do"
     os.remove(folder / "summary.json")
-    with pytest.raises(UsageError, match=r"--rank was 2, is 3; --learning-rate was 0.001, is 0.5"):
+    with pytest.raises(UsageError, match=r"--learning-rate was 0.001, is 0.5; --rank was 2, is 3"):
         run(config(tiny_bert, tiny_rte, folder, resume=True, rank=3, learning_rate=0.5))
     again = run(config(tiny_bert, tiny_rte, folder, resume=True))
     assert again["score"] == first["score"] and again["steps"] == first["steps"]

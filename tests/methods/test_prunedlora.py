@@ -282,7 +282,7 @@ def test_the_papers_schedule_lengths():
 
 
 def test_the_benchmark_prints_what_it_measured(capsys):
-    from experiments.bench import __main__ as bench
+    from experiments import bench
 
     bench.run(["prunedlora", "--rank", "8", "--events", "1"])
     lines = capsys.readouterr().out.splitlines()
