@@ -25,7 +25,9 @@ from experiments.run.cli import parse
 from experiments.run.config import RunConfig
 from experiments.run.flags import parse_run
 from experiments.run.stopping import before_end
+from jaxprune.checks import one_of
 from jaxprune.errors import UsageError
+from jaxprune.methods import METHODS
 
 # vocabulary, width, layers, heads, MLP width
 SIZES = {"roberta-base": (50265, 768, 12, 12, 3072), "minilm": (30522, 384, 6, 12, 1536)}
@@ -56,8 +58,12 @@ def main(arguments: list[str]) -> None:
     config = parse(StepConfig, arguments, "experiments.bench step")
     if min(config.batch, config.length, config.steps) < 1 or not config.methods:
         raise UsageError("--batch, --length and --steps must be 1 or more, and --methods name one at least")
+    for name in config.methods:
+        one_of("--methods", name, METHODS)
+    # A method without components has no such flag.
+    rank = [] if config.rank is None else ["--rank", str(config.rank)]
     settings = [
-        parse_run(["--method", name, *([] if config.rank is None else ["--rank", str(config.rank)])], "bench").resolve()
+        parse_run(["--method", name, *(rank if METHODS[name].components else [])], "bench").resolve()
         for name in config.methods
     ]
     with peer_step(config) if config.peer_python else contextlib.nullcontext() as peer:
