@@ -26,8 +26,8 @@ class Lora:
     """Hold the factors of one site.
 
     Attributes:
-      a: (d_in, r), or (layers, d_in, r) for a stacked kernel.
-      b: (r, d_out), or (layers, r, d_out).
+      a: (d_in, r).
+      b: (r, d_out).
       scale: s = alpha / r, fixed when the site is planned and kept when ranks shrink.
       dropout: rate of the dropout on the adapter's input.
       residual: the kernel it belongs to is what the initial factors left of the model's own (PiSSA), W - s A0 B0.

@@ -18,16 +18,8 @@ Survivors = dict[str, np.ndarray]
 
 
 def survivors(masks: Masks) -> Survivors:
-    """Return the indices of the components that stay: {site path: (r',) or (layers, r')}, empty where a site goes.
-
-    A stacked site keeps as many components in each layer as its fullest layer has; the others' extra ones stay masked.
-    """
-    kept = {}
-    for path, mask in host(masks).items():
-        alive = (mask > 0).sum(-1).max()
-        order = np.argsort(mask <= 0, axis=-1, kind="stable")[..., :alive]
-        kept[path] = np.sort(order, axis=-1)
-    return kept
+    """Return the indices of the components that stay: {site path: (r',)}, empty where a site goes."""
+    return {path: np.flatnonzero(mask > 0) for path, mask in host(masks).items()}
 
 
 def compact(
@@ -56,11 +48,7 @@ def compact(
     if not left:
         raise UsageError("every component is masked, so compaction would leave nothing to train; raise the budget")
     new_adapters = map_adapters(lambda leaf, place: _take(leaf, place, kept), left)
-    new_masks = {
-        path: like(np.take_along_axis(np.asarray(mask), kept[path], -1), mask)
-        for path, mask in masks.items()
-        if path not in gone
-    }
+    new_masks = {path: like(np.asarray(mask)[kept[path]], mask) for path, mask in masks.items() if path not in gone}
     moments = map_moments(
         lambda leaf, place: DROPPED if place.path in gone else _take(leaf, place, kept),
         opt_state,
@@ -85,9 +73,6 @@ def _take(leaf: Any, place: Place, kept: Survivors) -> Any:
 
 @functools.partial(jax.jit, static_argnames="axis")
 def take_components(leaf: Any, index: Any, axis: int) -> jax.Array:
-    """Gather components along one axis of a leaf; `index` is (r',), with the stacked axes of the leaf in front."""
+    """Gather components along one axis of a leaf."""
     # The index is never out of range; "clip" saves the comparison with the bounds.
-    take = functools.partial(jnp.take, axis=axis if leaf.ndim > index.ndim else -1, mode="clip")
-    for _ in index.shape[:-1]:
-        take = jax.vmap(take)
-    return take(leaf, index)
+    return jnp.take(leaf, index, axis=axis, mode="clip")

@@ -104,13 +104,11 @@ def rebuild(moments: Any, adapters: Adapters, optimizer: optax.GradientTransform
 
 
 def along(components: Any, leaf: Any, axis: int) -> Any:
-    """Reshape values of the components (..., r) so that they broadcast along `axis` of a leaf.
+    """Reshape values of the components (r,) so that they broadcast along `axis` of a leaf.
 
-    `components` has the stacked axes of the leaf in front and the rank axis last; the leaf may have one more axis.
+    The leaf has one axis or two.
     """
-    if leaf.ndim == components.ndim:
-        return components
-    return components[..., None, :] if axis == -1 else components[..., :, None]
+    return components[:, None] if leaf.ndim == 2 and axis == -2 else components
 
 
 def host(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

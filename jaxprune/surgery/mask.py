@@ -22,7 +22,7 @@ def zero_dead(tree: Adapters, masks: Masks) -> dict[str, Any]:
 
     Args:
       tree: adapters, or their gradients.
-      masks: {site path: (r,) or (layers, r)}.
+      masks: {site path: (r,)}.
     """
 
     def one(leaf: Any, place: Place) -> Any:
@@ -50,9 +50,9 @@ def trim(scores: Mapping[str, Any], masks: Masks, ranks: Mapping[str, Any]) -> d
     """Keep the best components of each site.
 
     Args:
-      scores: {site path: (r,) or (layers, r)}, larger is better; a NaN counts as the worst.
-      masks: {site path: (r,) or (layers, r)}; the dead are not chosen again.
-      ranks: {site path: components to keep}, one number or (layers,); sites that are absent keep all.
+      scores: {site path: (r,)}, larger is better; a NaN counts as the worst.
+      masks: {site path: (r,)}; the dead are not chosen again.
+      ranks: {site path: components to keep}; sites that are absent keep all.
 
     Raises:
       UsageError: a path is no site with a mask, or a rank is negative or above the live components.
@@ -66,14 +66,12 @@ def trim(scores: Mapping[str, Any], masks: Masks, ranks: Mapping[str, Any]) -> d
             raise UsageError(f"rank for {path!r}, which has no mask; nearest names: {nearest(path, masks)}")
         mask = np.asarray(masks[path])
         alive = mask > 0
-        rank = np.broadcast_to(rank, mask.shape[:-1])
-        if (rank < 0).any() or (rank > alive.sum(-1)).any():
+        if not 0 <= rank <= alive.sum():
             raise UsageError(
-                f"rank {rank.tolist()} for {path!r} is out of range; expected 0 to its {alive.sum(-1).tolist()} live components"
+                f"rank {rank} for {path!r} is out of range; expected 0 to its {alive.sum()} live components"
             )
         score = np.nan_to_num(np.asarray(scores[path], np.float64), nan=-np.inf)
         # Dead components sort behind live ones of any score.
-        order = np.lexsort((-score, ~alive), axis=-1)
         new[path] = np.zeros_like(mask)
-        np.put_along_axis(new[path], order, (np.arange(mask.shape[-1]) < rank[..., None]).astype(mask.dtype), -1)
+        new[path][np.lexsort((-score, ~alive))[:rank]] = 1
     return new
