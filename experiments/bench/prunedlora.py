@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
         a = jax.random.normal(one, (d_in, config.rank)) / 64
         adapters[name] = jp.Lora(a, jax.random.normal(two, (config.rank, d_out)) / 64, 1.0)
     masks = {name: jnp.ones(config.rank) for name in adapters}
-    opt_state, state = optimizer.init(adapters), method.init(adapters, masks, ())
+    opt_state, state = optimizer.init(adapters), method.init(adapters, masks)
     grads = jax.tree.map(lambda leaf: 1e-3 * leaf[::-1, ::-1], adapters)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((adapters, opt_state, grads))) / 2**20
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 2**20
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         return result
 
     for number in range(1, config.events + 2):
-        state = timed("observe", lambda: observe(state, adapters, masks, grads, number - 1, None))  # noqa: B023
+        state = timed("observe", lambda: observe(state, adapters, masks, grads, number, None))  # noqa: B023
         decision = timed("decide", lambda: decide(state, adapters, masks, number, None)[1])  # noqa: B023
         after = timed("apply", lambda: apply(decision, adapters, masks, opt_state, optimizer))  # noqa: B023
         adapters, masks, opt_state = after
