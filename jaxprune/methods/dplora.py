@@ -45,7 +45,7 @@ from jaxprune.allocation import prune_problem, solve
 from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Range, Share
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Context, Method, Start
-from jaxprune.methods.oplora import oplora
+from jaxprune.methods.oplora import Seconds, Solver, oplora
 from jaxprune.methods.registry import register
 from jaxprune.schedules import BUDGETS, Schedule, budget_schedule, event_steps
 from jaxprune.scores import component_norms
@@ -97,6 +97,8 @@ def dplora(
     importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
     norm: Annotated[str, OneOf(NORMS)] = "rms",
     scaling: Annotated[str, OneOf(SCALINGS)] = "constant",
+    solver: Solver = "auto",
+    time_limit: Seconds = 60.0,
 ) -> Method:
     """Choose ranks by a MILP before training, and lower them by further MILPs during it.
 
@@ -115,6 +117,8 @@ def dplora(
       importance: measure on the gradients of `training`, or on single `samples` at every event as the released code.
       norm: how gradients are measured: `rms` as the released code does, or `frobenius` as eq. 6 is printed.
       scaling: as ranks fall, `constant` keeps s, and `grow` keeps alpha, so that s grows.
+      solver: what solves for the ranks at events; `auto` is the fastest that is installed.
+      time_limit: seconds the solver may take at an event; then its best plan so far is used, and said to be so.
 
     Raises:
       UsageError: a setting is out of range, the events do not fit, `first` does more than choose ranks, or (by `start`) the
@@ -196,7 +200,7 @@ def dplora(
             problem = prune_problem(
                 worth, sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
             )  # fmt: skip
-            plan = solve(problem)
+            plan = solve(problem, solver=solver, time_limit=time_limit)
         except UsageError as error:
             return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
         fewer = {path: rank for path, rank in plan.ranks.items() if rank < current[path]}

@@ -69,7 +69,8 @@ class Entry:
         as `learning_rate`.
       components: what one number `rank` means; None where there is no such number.
       staged: whether training has two stages, which its only event divides.
-      first: the method that this one continues by default.
+      first: the method that this one continues by default; a setting that both have goes to both.
+      own: names of the settings that its factory takes itself.
     """
 
     name: str
@@ -81,13 +82,14 @@ class Entry:
     components: Components | None = None
     staged: bool = False
     first: Entry | None = None
+    own: frozenset[str] = frozenset()
 
     def make(self, settings: Mapping[str, Any]) -> Method:
         """Make the method; settings of the method that it continues are among `settings`."""
         if self.first is None:
             return self.factory(**settings)
         inner = {name: value for name, value in settings.items() if name in self.first.settings}
-        own = {name: value for name, value in settings.items() if name not in inner}
+        own = {name: value for name, value in settings.items() if name in self.own}
         return self.factory(self.first.make(inner), **own)
 
 
@@ -130,11 +132,12 @@ def register(
             wrapped,
             _first_sentence(factory.__doc__ or ""),
             paper,
-            {**own, **inherited},
+            {**own, **{name: setting for name, setting in inherited.items() if name not in own}},
             dict(defaults or {}),
             meaning,
             staged,
             continued,
+            frozenset(own),
         )
         return wrapped
 

@@ -15,6 +15,7 @@ import jaxprune as jp
 from jaxprune import methods
 from jaxprune.methods import METHODS
 from jaxprune.methods.registry import register
+from tests.tower import begin
 
 ROOT = Path(__file__).parents[2]
 # Names of adapters, of a function of NumPy, or common words too: counted where they stand as names of methods alone.
@@ -156,3 +157,14 @@ def test_what_a_docstring_says():
         assert entry.settings["b"].help == "another; None for a third." and entry.settings["without"].help == ""
     finally:
         METHODS.pop("odd", None)
+
+
+def test_a_setting_of_both_goes_to_both():
+    """On the command line one --solver is for the plan before training and for every event."""
+    method = METHODS["dplora"].make({"total_steps": 24, "solver": "DP", "budget": 240, "target": 0.5, "events": 3})
+    world = begin(method)
+    state = world.state
+    for _ in range(6):
+        state, _ = world.step(world.params, state, world.batch)
+    _, decision = jp.prune(state, method, world.optimizer, world.context)
+    assert world.start.plan.solver == decision.report["solver"] == "DP"
