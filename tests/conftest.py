@@ -45,3 +45,15 @@ def _forget_compilations():
     import jax
 
     jax.clear_caches()
+
+
+# Files of many seconds a test. They come first, so that the workers end together: pyproject.toml turns off xdist's own order,
+# which goes by the number of tests.
+_LONGEST = (
+    "test_glue.py", "test_bad_files.py", "test_bad_flags.py", "test_resume.py", "test_folder.py", "test_stopping.py",
+    "test_compare.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))

@@ -36,7 +36,10 @@ def tiny_bert(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_rte(tmp_path_factory) -> Path:
-    """A folder with a learnable little RTE: a pair is entailed when both texts hold the same first word."""
+    """A folder with a learnable little RTE: a pair is entailed when both texts hold the same first word.
+
+    All texts are equally long, so that a run compiles one training step; `test_packing.py` has lengths of all kinds.
+    """
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = "one two three four five six seven words are cut plain the same word again".split()
@@ -45,7 +48,7 @@ def tiny_rte(tmp_path_factory) -> Path:
         rows = []
         for i in range(n):
             first, second = rng.sample(words, 2)
-            rest = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2)]
+            rest = [" ".join(rng.choices(words, k=3)) for _ in range(2)]
             pair = (first, first if i % 2 else second)
             rows.append({"sentence1": f"{pair[0]} {rest[0]}", "sentence2": f"{pair[1]} {rest[1]}", "label": i % 2})
         (folder / "rte" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
