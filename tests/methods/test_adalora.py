@@ -313,3 +313,18 @@ def test_a_run_of_two_billion_steps_keeps_no_table_of_them():
     for number in (1, total // 5, total // 4, total - 1):  # 2 + 2 (1 - t / T)^3 is 3 at t = 0.206 T
         _, after = project(state, adapters, start.masks, None, jnp.int32(number))
         assert int((after["one"].e != 0).sum()) == int(2 + 2 * (1 - number / total) ** 3)
+
+
+@pytest.mark.parametrize("weights", ["before", "after"])
+def test_nothing_is_scored_from_the_last_choice_on(weights):
+    """Both averages stand still in the step of the last event and after it."""
+    params = {"one": {"kernel": jnp.ones((5, 4))}}
+    method = jp.adalora(**settings(weights=weights))
+    start = method.start(jp.Context(jax.random.key(1), params, jp.find_sites(params), lambda: None, lambda: None))
+    adapters = jax.tree.map(lambda leaf: leaf + 1, dict(start.adapters))
+    state = method.init(adapters, start.masks)
+    for step in (LAST - 1, LAST, LAST + 1):
+        seen = method.observe(state, adapters, start.masks, adapters, jnp.int32(step), None)
+        seen, _ = method.project(seen, adapters, start.masks, adapters, jnp.int32(step))
+        moved = any(bool((leaf != 0).any()) for leaf in jax.tree.leaves(seen))
+        assert moved == (step < LAST), step

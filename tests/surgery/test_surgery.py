@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from jaxprune.adapters import parted
-from jaxprune.surgery import Decision, apply, compact, live, trim
+from jaxprune.surgery import Decision, apply, compact, live, survivors, trim
 from tests.test_methods import FORMS
 from tests.tower import sites_of, tower
 
@@ -182,3 +182,14 @@ def test_a_decision_may_compensate_and_rescale():
     assert adapters[path].scale == 2 * old.scale
     np.testing.assert_array_equal(adapters[path].a, (old.a + 1) * np.array([1, 0, 0, 1]))
     assert jax.tree.structure(opt_state) == jax.tree.structure(jax.eval_shape(optimizer.init, adapters))
+
+
+def test_survivors_keep_their_order():
+    masks = {"s": jnp.array([1.0, 0, 1, 1]), "gone": jnp.zeros(3)}
+    kept = survivors(masks)
+    assert kept["s"].tolist() == [0, 2, 3] and kept["gone"].shape == (0,)
+    lora = {"s": jp.Lora(jnp.arange(8.0).reshape(2, 4), jnp.arange(12.0).reshape(4, 3), 1.0)}
+    small, small_masks, _ = compact(lora, {"s": masks["s"]}, optax.EmptyState(), optax.identity())
+    np.testing.assert_array_equal(small["s"].a, lora["s"].a[:, [0, 2, 3]])
+    np.testing.assert_array_equal(small["s"].b, lora["s"].b[jnp.array([0, 2, 3])])
+    assert small_masks["s"].tolist() == [1, 1, 1]
