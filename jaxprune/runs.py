@@ -142,8 +142,8 @@ def load_run(folder: str | os.PathLike[str], *, model: str | os.PathLike[str] | 
     Raises:
       UsageError: no finished run lies there, or it, or the checkpoint, is damaged or missing.
 
-    >>> load_run("runs/grammar-oplora-42").predict(["The cats sleeps."])  # doctest: +SKIP
-    [Prediction(label='unacceptable', probabilities={'unacceptable': 0.98, 'acceptable': 0.02})]
+    >>> load_run("runs/grammar-oplora-42").predict(["The old teachers was reading a book."])  # doctest: +SKIP
+    [Prediction(label='unacceptable', probabilities={'unacceptable': 0.99, 'acceptable': 0.01})]
     """
     given = checked_path("folder", folder)
     part = next((path for path in (given, given / "adapter", given / "model") if (path / PREDICT).is_file()), None)
