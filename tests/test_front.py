@@ -105,6 +105,8 @@ def test_a_state_is_a_few_lines():
         assert "step ?: 6 Lora" in repr(unread) and "? of 48 components live, ? parameters" in repr(unread)
     assert repr(jp.TrainState(0, {}, None, 0, 0, None, None)).startswith("TrainState(adapters=0,")  # type: ignore[arg-type]
     assert max(map(len, said.splitlines())) <= 80 and len(said.splitlines()) <= 5
+    whole = repr(jp.init_state(jax.random.key(1), {}, {}, optax.adamw(1e-3), weights={"head/bias": jnp.ones(3)}))
+    assert "step 0: no adapters" in whole and "3 in weights" in whole
 
 
 def test_a_plan_in_a_terminal_and_in_a_notebook(tmp_path):
