@@ -111,6 +111,9 @@ def test_a_hundred_steps_with_adam_revive_nothing(form):
             assert not a.any() and not b.any()
             seen += 1
     assert seen == 3 * len(masks)  # values, first and second moments
+    for path, lora in state.adapters.items():  # or zeros everywhere would do
+        alive = masks[path] > 0
+        assert np.asarray(lora.a).T[alive].any() == np.asarray(lora.b)[alive].any() == alive.any()
     grads = jax.grad(lambda adapters: loss_fn(
         lambda x: setting(form)[5](params, adapters, state.masks, x), batch, None))(dict(state.adapters))  # fmt: skip
     assert all(not a.any() and not b.any() for a, b in dead_entries(grads, masks))
