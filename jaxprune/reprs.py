@@ -88,7 +88,10 @@ def state_lines(self: Any) -> str:
     count = read(lambda: sum(adapter.count(masks.get(path)) for path, adapter in adapters.items()))
     beside = sum(leaf.size for leaf in jax.tree.leaves(self.weights) if hasattr(leaf, "size"))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.opt_state) if hasattr(leaf, "dtype"))
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(type(x).__name__ for x in adapters.values()).items()) or "no adapters"
+    kinds = (
+        ", ".join(f"{n} {kind}" for kind, n in Counter(type(x).__name__ for x in adapters.values()).items())
+        or "no adapters"
+    )
     return (
         f"{type(self).__name__}(step {read(lambda: int(self.step))}: {kinds}\n"
         f"  {live} of {total} components live, {count} parameters in adapters, {beside:,} in weights\n"
