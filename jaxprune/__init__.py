@@ -59,6 +59,7 @@ from jaxprune.adapters import with_weights as with_weights
 from jaxprune.allocation import Plan as Plan
 from jaxprune.allocation import TimeModel as TimeModel
 from jaxprune.allocation import allocate as allocate
+from jaxprune.allocation import component_problem as component_problem
 from jaxprune.allocation import default_budget as default_budget
 from jaxprune.allocation import prune_problem as prune_problem
 from jaxprune.allocation import solve as solve
@@ -90,6 +91,7 @@ from jaxprune.methods.pissa import pissa as pissa
 from jaxprune.methods.prunedlora import prunedlora as prunedlora
 from jaxprune.methods.rslora import rslora as rslora
 from jaxprune.methods.sora import sora as sora
+from jaxprune.methods.squeeze import squeeze as squeeze
 from jaxprune.methods.vera import vera as vera
 from jaxprune.methods.weights import bitfit as bitfit
 from jaxprune.methods.weights import full as full

@@ -21,11 +21,12 @@ RUNS = {
     "dplora": lambda: jp.dplora(
         jp.oplora(budget=400, ranks=range(9), solver="DP"), total_steps=STEPS, events=10, recovery_steps=3, target=0.8
     ),
+    "squeeze": lambda: jp.squeeze(jp.lora(rank=8), total_steps=STEPS, events=10, target=0.8),
     "prunedlora": functools.partial(jp.prunedlora, rank=8, target=2, interval=3, remove=1),
     "adalora": functools.partial(jp.adalora, total_steps=STEPS, init_rank=3, target_rank=2, tinit=1, tfinal=10),
     "g2r2": functools.partial(jp.g2r2, rank=3, warmup=2, progressive=20, interval=2),
 }
-EVENTS = {"dplora": 10, "prunedlora": 6, "adalora": 1, "g2r2": 4}
+EVENTS = {"dplora": 10, "squeeze": 8, "prunedlora": 6, "adalora": 1, "g2r2": 4}
 
 
 class Compiled:
@@ -57,11 +58,13 @@ def test_events_and_restores_compile_no_step(name, tmp_path):
             fired += decision is not None
             late += compiled.names[before:] if fired > 3 else []
     assert fired == EVENTS[name] and compiled.steps() == 1
-    # Zeroing is one program for each shape of leaf, when the first of that shape loses a component.
+    # Zeroing and rotating are one program for each shape of leaf, when the first of that shape loses a component.
     shapes = {
         (leaf.shape, at) for x in state.adapters.values() for at, leaf in vars(x).items() if hasattr(leaf, "shape")
     }
-    assert set(late) <= {"jit(zero_components)"} and compiled.names.count("jit(zero_components)") <= len(shapes)
+    assert set(late) <= {"jit(zero_components)", "jit(_times)"} and compiled.names.count("jit(zero_components)") <= len(
+        shapes
+    )
     restored = jp.Checkpoints(tmp_path).restore(world.optimizer, world.method)
     restored, _ = world.step(world.params, restored, world.batch)
     restored, _ = jp.prune(restored, world.method, world.optimizer, world.context)

@@ -32,6 +32,7 @@ METHODS = {
     "rslora": functools.partial(jp.rslora, rank=3),
     "prunedlora": functools.partial(jp.prunedlora, rank=4, target=2, alpha=8, interval=2, remove=1),
     "sora": functools.partial(jp.sora, rank=3, total_steps=40, threshold=0.03),
+    "squeeze": lambda: jp.squeeze(jp.lora(rank=4), total_steps=24, events=3),
     "uniformmask": functools.partial(jp.uniformmask, total_steps=40, rank=3, channels=("fc1",)),
     "vera": functools.partial(jp.vera, rank=16),
 }

@@ -4,7 +4,7 @@ from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import FLOPS, MEASURED, Clock, TimeModel, make_clock, step_time
 from jaxprune.allocation.dynamic import knapsack
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
-from jaxprune.allocation.pruning import prune_problem
+from jaxprune.allocation.pruning import component_problem, prune_problem
 from jaxprune.allocation.result import Plan, uniform_plan
 from jaxprune.allocation.solving import SOLVERS, allocate, solve
 
@@ -18,6 +18,7 @@ __all__ = [
     "Relaxed",
     "TimeModel",
     "allocate",
+    "component_problem",
     "default_budget",
     "knapsack",
     "make_clock",

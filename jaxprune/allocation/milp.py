@@ -58,7 +58,8 @@ def milp(problem: Problem, relaxed: Relaxed, solver: str, seconds: float) -> Ans
     row, rank = np.nonzero(relaxed.open)
     column = np.arange(len(row))
     worth = problem.value[row, rank] - problem.value[row, relaxed.choice[row]]
-    scale = 1e6 / (np.abs(worth).max() or 1.0)
+    # The bound keeps it finite, whatever is left to tell apart.
+    scale = 1e6 / (max(np.abs(worth).max(), 1e-280) if worth.any() else 1.0)
     cheapest = np.where(relaxed.open, problem.cost, np.iinfo(np.int64).max).min(axis=1)
     weight = problem.cost[row, rank] - cheapest[row]
     unit = int(np.gcd.reduce(weight)) or 1

@@ -10,6 +10,15 @@ the present rank of site l and its gradients dA_l, dB_l:
 
 and every site keeps its r_l components of largest |A_j| |B_j|. What is pruned stays exactly zero.
 
+Two settings go beyond the paper, whose rule takes the components of a site in the basis they happen to be in, and all of them as
+worth the same:
+
+- `basis="svd"` brings every site into its SVD basis first, moments too (`jaxprune.surgery.rotation`), so that its components are
+  orthogonal, and what goes with the last of them is the least that can.
+- `loss="components"` gives every component a value of its own, in place of I_l (c_l - r_l) / c_l: the sum over those that go
+  of (s |A_j| |B_j|)^2, which in the SVD basis is the squared distance that the adapters are moved by (`jaxprune.component_problem`).
+  `"fisher"` values a component by the mean over single samples of its gate's squared gradient, (dLoss / dm_j)^2.
+
 Where paper and released code differ, a setting chooses:
 
 - `importance="training"` averages eq. 6 over the gradients of the training steps since the last event, which costs
@@ -41,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, count
-from jaxprune.allocation import prune_problem, solve
+from jaxprune.allocation import component_problem, prune_problem, solve
 from jaxprune.checks import MOST_RANK, MOST_STEPS, Count, NotNegative, OneOf, Range, Share
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods.base import Context, Method, Start
@@ -50,13 +59,15 @@ from jaxprune.methods.registry import register
 from jaxprune.schedules import BUDGETS, Schedule, budget_schedule, event_steps
 from jaxprune.scores import component_norms
 from jaxprune.sites import Site
-from jaxprune.surgery import Decision, trim
+from jaxprune.surgery import Decision, rotate_adapters, svd_bases, trim
 
 # No site has more ranks to lose.
 Events = Annotated[int, Range(1, MOST_RANK)]
 IMPORTANCES = ("training", "samples")
 NORMS = ("rms", "frobenius")
 SCALINGS = ("constant", "grow")
+BASES = ("trained", "svd")
+LOSSES = ("importance", "components", "fisher")
 
 
 class DploraState(NamedTuple):
@@ -89,11 +100,14 @@ def dplora(
     target: Share = 0.6,
     events: Events | None = None,
     delay: Annotated[int, Range(0, MOST_STEPS)] = 0,
+    stop: Annotated[float, Range(above=0, high=1)] = 1.0,
     recovery_steps: Annotated[int, Range(0, MOST_STEPS)] | None = None,
     schedule: Annotated[str, OneOf(tuple(BUDGETS))] | Schedule = "bezier",
+    basis: Annotated[str, OneOf(BASES)] = "trained",
+    loss: Annotated[str, OneOf(LOSSES)] = "importance",
     ema_decay: Share = 0.9,
-    momentum: NotNegative = 0.1,
-    stability: NotNegative = 0.05,
+    momentum: NotNegative | None = None,
+    stability: NotNegative | None = None,
     importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
     norm: Annotated[str, OneOf(NORMS)] = "rms",
     scaling: Annotated[str, OneOf(SCALINGS)] = "constant",
@@ -109,11 +123,15 @@ def dplora(
       target: share of the adapter parameters to prune by the last event.
       events: pruning events; None for 10, or in a shorter run as many as fit after the first measurement.
       delay: steps before pruning starts; the learning rate's warm-up in the paper.
+      stop: share of the run in which the events lie, so that 0.7 leaves more than the last 30 % to recover; 1 in the paper.
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
       schedule: how the budget falls: `bezier`, `linear`, `early`, or a function from progress to the share of the pruning done.
+      basis: judge and keep components of the `trained` factors, or of each site's singular value decomposition (`svd`).
+      loss: what ranks are worth: by the `importance` of their site, as the paper, or by the sizes of their `components`, or by the
+        `fisher` information of each.
       ema_decay: weight of what was measured at earlier events; 0 for the latest measurement alone.
-      momentum: price of a lost rank; 0 for none.
-      stability: reward for leaving a site as it is.
+      momentum: price of a lost rank, 0 for none; None for 0.1, or 0 where components have values of their own.
+      stability: reward for leaving a site as it is; None for 0.05, or 0 likewise.
       importance: measure on the gradients of `training`, or on single `samples` at every event as the released code.
       norm: how gradients are measured: `rms` as the released code does, or `frobenius` as eq. 6 is printed.
       scaling: as ranks fall, `constant` keeps s, and `grow` keeps alpha, so that s grows.
@@ -125,21 +143,28 @@ def dplora(
         types of sites cannot all keep a rank within the last budget.
     """
     first, share, rescale = _begun(first), _share(schedule), scaling == "grow"
+    usual = (0.1, 0.05) if loss == "importance" else (0.0, 0.0)
+    prices = {
+        "momentum": usual[0] if momentum is None else momentum,
+        "stability": usual[1] if stability is None else stability,
+    }
+    on_training = loss == "importance" and importance == "training"
     # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
     earliest = 3 if delay else 2
+    end = round(stop * total_steps)
     if events is None:
-        most = min(10, max(1, total_steps - delay - 1))
-        begins = lambda number: event_steps(number, total_steps, delay)[0] if number < total_steps - delay else 0  # noqa: E731
+        most = min(10, max(1, end - delay - 1))
+        begins = lambda number: event_steps(number, end, delay)[0] if number < end - delay else 0  # noqa: E731
         events = next((number for number in range(most, 0, -1) if begins(number) >= earliest), most)
-    steps = event_steps(events, total_steps, delay)
-    interval = (total_steps - delay) / (events + 1)
+    steps = event_steps(events, end, delay)
+    interval = (end - delay) / (events + 1)
     recovery = min(100, int(interval / 2)) if recovery_steps is None else recovery_steps
     if recovery >= interval:
         raise UsageError(
             f"recovery of {recovery} steps does not fit between events {interval:.0f} steps apart; expected fewer "
             f"recovery steps, fewer events, or a longer run"
         )
-    if importance == "training" and steps[-1] < earliest:
+    if steps[-1] < earliest and (on_training or loss != "importance"):
         raise UsageError(
             f"the last pruning event comes after step {steps[-1]}, and nothing can be measured before step {earliest}; "
             f"train longer"
@@ -164,42 +189,52 @@ def dplora(
         return DploraState(zeros(), zeros(), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.int32(number))
 
     def observe(state: DploraState, adapters, masks, grads, step, measured) -> DploraState:
-        if importance != "training":
+        if not on_training:
             return state
         total = {path: state.total[path] + new for path, new in gradient_importance(grads, masks, norm).items()}
         return state._replace(total=total, steps=state.steps + 1)
 
-    def decide(
-        state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context
-    ) -> tuple[DploraState, Decision | None]:
-        event = int(state.event) + 1
-        if importance == "training":
+    def measured(state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context) -> dict[str, Any]:
+        """Average the importances, what was measured since the last event among them."""
+        if on_training:
             new = {path: np.asarray(total) / max(int(state.steps), 1) for path, total in state.total.items()}
         else:
             new = _on_samples(context, adapters, masks, step, norm)
         # The first that was measured stands alone.
         blend = ema_decay if any(np.any(value) for value in state.importance.values()) else 0.0
-        merged = {
-            path: blend * np.asarray(state.importance[path]) + (1 - blend) * new[path] for path in state.importance
-        }
+        return {path: blend * np.asarray(state.importance[path]) + (1 - blend) * new[path] for path in state.importance}
+
+    def decide(
+        state: DploraState, adapters: Adapters, masks: Masks, step: int, context: Context
+    ) -> tuple[DploraState, Decision | None]:
+        event = int(state.event) + 1
         sites = [site for site in context.sites if site.path in adapters]
-        current = {site.path: int((np.asarray(masks[site.path]) > 0).sum()) for site in sites}
-        worth = {site.path: float(merged[site.path]) for site in sites}
-        allowed = left(int(state.start), event)
+        alive = {site.path: np.asarray(masks[site.path]) > 0 for site in sites}
+        current = {path: int(live.sum()) for path, live in alive.items()}
+        report: dict[str, Any] = {"event": event, "budget": left(int(state.start), event)}
+        merged = measured(state, adapters, masks, step, context) if loss == "importance" else state.importance
         state = DploraState(
             # What is not finite would stay so at every later event.
-            {p: jnp.where(jnp.isfinite(value), value, state.importance[p]) for p, value in merged.items()},
+            {path: jnp.where(jnp.isfinite(value), value, state.importance[path]) for path, value in merged.items()},
             {path: jnp.zeros_like(value) for path, value in state.total.items()},
             jnp.zeros((), jnp.int32),
             jnp.int32(event),
             state.start,
         )
-        report: dict[str, Any] = {"event": event, "budget": allowed}
+        bases = svd_bases(adapters, masks) if basis == "svd" else {}
+        rotated = rotate_adapters(bases, adapters)
+        sizes = {path: abs(rotated[path].scale) * np.asarray(norm) for path, norm in component_norms(rotated).items()}
         try:
-            ranks = range(max(current.values()) + 1)
-            problem = prune_problem(
-                worth, sites, current, allowed, ranks=ranks, momentum=momentum, stability=stability
-            )  # fmt: skip
+            if loss == "importance":
+                worth = {site.path: float(merged[site.path]) for site in sites}
+                ranks = range(max(current.values()) + 1)
+                problem = prune_problem(worth, sites, current, report["budget"], ranks=ranks, **prices)
+            else:
+                values = {path: np.square(size) for path, size in sizes.items()}
+                if loss == "fisher":
+                    values = sizes = _on_samples(context, rotated, masks, step, "gates")
+                worth = {path: values[path][live] for path, live in alive.items()}
+                problem = component_problem(worth, sites, report["budget"], **prices)
             plan = solve(problem, solver=solver, time_limit=time_limit)
         except UsageError as error:
             return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
@@ -209,7 +244,8 @@ def dplora(
         scales = {path: current[path] / rank for path, rank in fewer.items() if rank} if rescale else {}
         said = {name: getattr(plan, name) for name in ("solver", "status", "objective", "gap")}
         report |= {**said, "solve_seconds": plan.seconds}
-        return state, Decision(trim(component_norms(dict(adapters)), masks, fewer), scales=scales, report=report)
+        turned = {path: bases[path] for path in fewer if path in bases}
+        return state, Decision(trim(sizes, masks, fewer), bases=turned, scales=scales, report=report)
 
     def compact(state: DploraState, kept: dict[str, np.ndarray]) -> DploraState:
         stay = lambda tree: {path: leaf for path, leaf in tree.items() if kept[path].shape[-1]}  # noqa: E731
@@ -271,11 +307,13 @@ def gradient_importance(grads: Adapters, masks: Masks, norm: str = "rms") -> dic
     return found
 
 
-def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, norm: str) -> dict[str, np.ndarray]:
-    """Average eq. 6 over single samples, in training mode, as the released code does."""
+def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, kind: str) -> dict[str, np.ndarray]:
+    """Average what single samples say, in training mode: eq. 6, as the released code does, or squared gradients of `gates`."""
     if not context.samples:
-        raise UsageError('importance "samples" measures on the context\'s samples, and it has none')
-    measure, key = _measure(context.forward, context.loss_fn, norm), jax.random.fold_in(context.key, step)
+        raise UsageError(
+            "what single samples say is measured on the context's samples, and it has none; give samples, or another importance or loss"
+        )
+    measure, key = _measure(context.forward, context.loss_fn, kind), jax.random.fold_in(context.key, step)
     found = [
         jax.device_get(measure(dict(adapters), dict(masks), context.params, part, jax.random.fold_in(key, number)))
         for number, part in enumerate(context.samples)
@@ -284,7 +322,7 @@ def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, n
 
 
 @functools.lru_cache
-def _measure(forward: Any, loss_fn: Any, norm: str) -> Any:
+def _measure(forward: Any, loss_fn: Any, kind: str) -> Any:
     def loss(adapters, masks, params, batch, key):
         value = loss_fn(lambda *x, **kw: forward(params, adapters, masks, *x, **kw), batch, key)
         return value[0] if isinstance(value, tuple) else value
@@ -292,7 +330,10 @@ def _measure(forward: Any, loss_fn: Any, norm: str) -> Any:
     @jax.jit
     def measure(adapters, masks, params, samples, key):
         def one(item):
-            return gradient_importance(jax.grad(loss)(adapters, masks, params, *item), masks, norm)
+            if kind == "gates":
+                grads = jax.grad(loss, argnums=1)(adapters, masks, params, *item)
+                return {path: jnp.square(grad) * (masks[path] > 0) for path, grad in grads.items()}
+            return gradient_importance(jax.grad(loss)(adapters, masks, params, *item), masks, kind)
 
         keys = jax.random.split(key, len(jax.tree.leaves(samples)[0]))  # each sample has dropout of its own
         return jax.tree.map(lambda value: value.mean(0), jax.lax.map(one, (samples, keys)))

@@ -1,4 +1,4 @@
-"""Pruning as pure functions of adapters, masks and optimizer state: mask, trim, compact."""
+"""Pruning as pure functions of adapters, masks and optimizer state: rotate, mask, trim, compact."""
 
 from jaxprune.surgery.compaction import compact as compact
 from jaxprune.surgery.compaction import gather as gather
@@ -12,3 +12,8 @@ from jaxprune.surgery.mask import trim as trim
 from jaxprune.surgery.mask import zero_dead as zero_dead
 from jaxprune.surgery.policy import COMPACT as COMPACT
 from jaxprune.surgery.policy import worth_compacting as worth_compacting
+from jaxprune.surgery.rotation import Basis as Basis
+from jaxprune.surgery.rotation import rotate as rotate
+from jaxprune.surgery.rotation import rotate_adapters as rotate_adapters
+from jaxprune.surgery.rotation import rotate_gradients as rotate_gradients
+from jaxprune.surgery.rotation import svd_bases as svd_bases

@@ -21,12 +21,16 @@ from jaxprune.errors import UsageError
 
 
 class Place(NamedTuple):
-    """The rank axis of one leaf, counted from the end (None: the leaf has no components), and whose leaf it is."""
+    """The rank axis of one leaf, counted from the end (None: the leaf has no components), and whose leaf it is.
+
+    `keys` is where it lies in an optimizer's state.
+    """
 
     path: str
     field: str
     axis: int | None
     shape: tuple[int, ...]
+    keys: tuple[Any, ...] = ()
 
 
 def places(path: str, adapter: Any) -> dict[str, Place]:
@@ -74,6 +78,7 @@ def map_moments(
         at = next((whose[pair] for pair in zip(keys, keys[1:], strict=False) if pair in whose), None)
         if at is None:
             return leaf
+        at = at._replace(keys=keys)
         if leaf.shape == at.shape:
             return f(leaf, at)
         if np.size(leaf) <= 1 or at.axis is None or (cut is not None and at.path not in cut):

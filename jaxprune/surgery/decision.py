@@ -15,6 +15,7 @@ from jaxprune.errors import UsageError
 from jaxprune.reprs import fields_line
 from jaxprune.surgery.components import Place, host, like, map_adapters, map_moments, rebuild
 from jaxprune.surgery.mask import zero_components
+from jaxprune.surgery.rotation import Basis, rotate
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -25,6 +26,7 @@ class Decision(NamedTuple):
     Attributes:
       masks: {site path: mask} of the sites that lose components; a component once dead never comes back.
       adapters: {site path: adapter} whose surviving values were compensated for what goes; usually none.
+      bases: {site path: basis} that sites are brought into first, with their moments; masks and adapters are of the new basis.
       scales: {site path: factor} on the adapter's `scale`, for methods whose paper rescales. `scale` is part of the compiled
         program, so this costs a compilation.
       report: what a run should say of the event: `solver`, `status`, `gap`, `seconds`, ...
@@ -32,6 +34,7 @@ class Decision(NamedTuple):
 
     masks: Mapping[str, Any]
     adapters: Adapters = _NOTHING
+    bases: Mapping[str, Basis] = _NOTHING
     scales: Mapping[str, float] = _NOTHING
     report: Mapping[str, Any] = _NOTHING
 
@@ -41,7 +44,7 @@ class Decision(NamedTuple):
 def apply(
     decision: Decision, adapters: Adapters, masks: Masks, opt_state: Any, optimizer: optax.GradientTransformation
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Carry a decision out: mask what dies, and zero its values and moments.
+    """Carry a decision out: change bases, mask what dies, and zero its values and moments.
 
     Everything stays in its shape and where it is, so no training step is compiled again; the host sees masks alone.
 
@@ -71,6 +74,8 @@ def apply(
             raise UsageError(f"the decision revives a dead component of {path!r}; masks may only lose components")
         after[path] = (mask > 0).astype(old.dtype)
     changed = {path for path in after if not np.array_equal(after[path], before[path])}
+    if decision.bases:
+        adapters, opt_state = rotate(decision.bases, adapters, opt_state, optimizer)
 
     def zero(leaf: Any, place: Place) -> Any:
         if place.axis is None or place.path not in changed:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bench.allocate import instance, llama_3_8b, roberta_base
-from jaxprune.allocation import Problem, prune_problem, solve, step_time
+from jaxprune.allocation import Problem, component_problem, prune_problem, solve, step_time
 from jaxprune.errors import UsageError
 from jaxprune.sites import Site
 
@@ -89,6 +89,53 @@ def test_every_solver_against_brute_force(case, factor):
         assert loss(ranks, now, importance, momentum, stability) == pytest.approx(best, rel=1e-9, abs=tolerance)
     scaled = solve(prune_problem([factor * x for x in importance], sites, now, budget, **options), solver="DP")
     assert scaled.objective == pytest.approx(factor * best, rel=1e-9, abs=factor * tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events(), st.data())
+def test_components_against_brute_force_on_their_values(case, data):
+    _, sites, now, budget, _, (momentum, stability), time = case
+    values = {
+        s.path: data.draw(st.lists(st.floats(0, 10), min_size=c, max_size=c).filter(lambda x: not x or max(x) > 1e-3))
+        for s, c in zip(sites, now, strict=True)
+    }
+
+    def lost(ranks):
+        total = 0.0
+        for s, r, c in zip(sites, ranks, now, strict=True):
+            worth = sorted(values[s.path])
+            total += sum(worth[: c - r]) + sum(worth) * (momentum * (c - r) - stability * (r == c))
+        return total
+
+    feasible = set(candidates(sites, now, range(6), budget, time or 2))
+    best = min(map(lost, feasible))
+    prices = dict(momentum=momentum, stability=stability, time_budget=time)
+    problem = component_problem(values, sites, budget, **prices)
+    for solver in EXACT:
+        plan = solve(problem, solver=solver)
+        ranks = tuple(plan.ranks.values())
+        assert ranks in feasible and plan.gap == 0, solver
+        for found in (plan.objective, lost(ranks)):
+            assert found == pytest.approx(best, rel=1e-9, abs=1e-9 * max(map(sum, values.values())))
+    if not momentum:  # the loss falls in ever smaller steps
+        for row, c in enumerate(now):
+            kept = problem.value[row, : np.searchsorted(problem.ranks, c) + 1]
+            gains = np.diff(kept) / np.diff(problem.ranks[: len(kept)])
+            assert (gains >= 0).all() and (np.diff(gains) <= 1e-9).all()
+
+
+def test_components_of_one_site_may_be_worth_more_than_another_site():
+    """Graded plans: the paper's rule, by the same importances, takes a whole site or leaves it."""
+    sites, values = sites_of("qq"), {"layer_0/q": [4.0, 3.0, 0.2, 0.1], "layer_1/q": [3.0, 2.0, 0.1, 0.1]}
+    plan = solve(component_problem(values, sites, 16 * 4))
+    assert list(plan.ranks.values()) == [2, 2] and plan.objective == pytest.approx(0.5)
+    assert list(solve(prune_problem([7.3, 5.2], sites, [4, 4], 16 * 4)).ranks.values()) == [4, 0]
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_components_without_a_usable_value_are_one_line(value):
+    with pytest.raises(UsageError, match=r"^the components of layer_1/k have values that are negative or not finite$"):
+        component_problem({"layer_0/q": [1.0], "layer_1/k": [value, 1.0]}, sites_of("qk"), 99)
 
 
 @pytest.mark.parametrize("make", [roberta_base, llama_3_8b])

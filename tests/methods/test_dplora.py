@@ -1,6 +1,7 @@
 """DPLoRA's decisions against the paper's equations in float64."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.methods.dplora import gradient_importance
 from jaxprune.schedules import bezier, early
-from jaxprune.surgery import live
+from jaxprune.surgery import live, rotate_adapters, svd_bases
 from tests.tower import begin, sites_of, tower
 
 SETTINGS = dict(total_steps=24, events=3, target=0.7)
@@ -238,6 +239,95 @@ def test_the_survivors_are_the_components_of_largest_norm():
                 assert norms[kept].min() >= norms[mask & ~kept].max()
 
 
+def tails(adapters, masks):
+    """Return the singular values of s A B of every site in float64, by path."""
+    return {
+        path: np.linalg.svd(
+            x.scale * (np.asarray(x.a, np.float64) * np.asarray(masks[path])) @ np.asarray(x.b, np.float64), compute_uv=False
+        )[: int(np.asarray(masks[path]).sum())]
+        for path, x in adapters.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["plain", "scan"])
+def test_the_least_is_lost_where_components_are_singular_values(form):
+    """The squared distance of an event is the least of all plans within its budget, by brute force over singular values."""
+    seen = 0
+    for _, before, after, decision in train(form, basis="svd", loss="components"):
+        if not decision:
+            continue
+        seen += 1
+        sigma, ranks = tails(before.adapters, before.masks), live(after.masks)
+        lost = sum(np.square(sigma[path][rank:]).sum() for path, rank in ranks.items())
+        moved = 0.0
+        for path, x in before.adapters.items():
+            new = after.adapters[path]
+            change = x.scale * (np.asarray(x.a, np.float64) @ x.b - np.asarray(new.a, np.float64) @ new.b)
+            moved += np.square(change).sum()
+        assert moved == pytest.approx(lost, rel=1e-3)
+        assert decision.report["objective"] == pytest.approx(lost, rel=1e-3)
+        kinds = {path: path.split("/")[-1].split("[")[0] for path in sigma}
+        least = min(
+            sum(np.square(sigma[path][rank:]).sum() for path, rank in zip(sigma, plan, strict=True))
+            for plan in itertools.product(*(range(len(value) + 1) for value in sigma.values()))
+            if 20 * sum(plan) <= decision.report["budget"]
+            and len({kinds[path] for path, rank in zip(sigma, plan, strict=True) if rank}) == len(set(kinds.values()))
+        )
+        assert lost == pytest.approx(least, rel=1e-3)
+    assert seen == 3
+
+
+def test_the_papers_ranks_with_the_components_of_the_svd():
+    """The basis alone: the same ranks at the first event, and less is lost."""
+    lost = {}
+    for basis in ("trained", "svd"):
+        _, before, after, _ = next(item for item in train(basis=basis) if item[0] == 6)
+        changes = [
+            np.asarray(x.a) @ np.asarray(x.b) - np.asarray(after.adapters[path].a) @ np.asarray(after.adapters[path].b)
+            for path, x in before.adapters.items()
+        ]
+        lost[basis] = live(after.masks), sum(np.square(change).sum() for change in changes)
+    assert lost["svd"][0] == lost["trained"][0] and lost["svd"][1] < 0.9 * lost["trained"][1]
+
+
+def test_fisher_information_of_gates_is_that_of_single_samples_in_the_new_basis():
+    """Against <A_j, dA_j>^2 of single samples, which is what (dLoss / dm_j)^2 is at m = 1."""
+    params, _, forward, context, batch = world()
+    _, before, _, decision = next(item for item in train(basis="svd", loss="fisher") if item[0] == 6)
+    rotated = rotate_adapters(svd_bases(before.adapters, before.masks), before.adapters)
+    values = {path: 0.0 for path in rotated}
+    for sample in batch["x"]:
+        loss = lambda a, x=sample: loss_fn(lambda y: forward(params, a, before.masks, y), {"x": x[None]}, None)  # noqa: E731
+        for path, grad in jax.grad(loss)(rotated).items():
+            values[path] += np.square((np.asarray(grad.a, np.float64) * rotated[path].a).sum(axis=0)) / len(batch["x"])
+    lost = sum(np.sort(values[path])[: int(len(mask) - mask.sum())].sum() for path, mask in decision.masks.items())
+    assert decision.report["objective"] == pytest.approx(lost, rel=1e-3)
+    for path, mask in decision.masks.items():
+        if 0 < mask.sum() < len(mask):
+            assert values[path][mask > 0].min() >= values[path][mask == 0].max()
+
+
+def test_momentum_and_stability_are_the_papers_only_where_importance_is():
+    """Components have values of their own; prices are added where they are asked for, and then plans follow them."""
+    plain, dear = (
+        [live(after.masks) for *_, after, decision in train(basis="svd", loss="components", **prices) if decision]
+        for prices in ({}, {"momentum": 3.0, "stability": 3.0})
+    )
+    zero = [
+        live(after.masks)
+        for *_, after, decision in train(basis="svd", loss="components", momentum=0.0, stability=0.0)
+        if decision
+    ]
+    assert plain == zero != dear
+
+
+def test_events_lie_in_the_share_of_the_run_that_stop_names():
+    assert dplora(total_steps=100, events=3, stop=0.4).events == (10, 20, 30)
+    assert max(jp.squeeze(total_steps=100).events) < 70 < max(jp.dplora(total_steps=100).events)
+    with pytest.raises(jp.UsageError, match="comes after step 1, and nothing can be measured before step 2"):
+        dplora(total_steps=24, events=1, stop=0.1, loss="components")
+
+
 def test_a_growing_scale_keeps_alpha():
     for _, before, after, decision in train(scaling="grow"):
         for path in decision.masks if decision else ():
@@ -289,7 +379,7 @@ def test_a_target_that_leaves_no_rank_for_a_type_is_refused_before_training():
         jp.UsageError, match="would leave 12 adapter parameters, and a rank for each type of site takes 40"
     ):
         dplora(target=0.95).start(world()[3])
-    with pytest.raises(jp.UsageError, match="measures on the context's samples, and it has none"):
+    with pytest.raises(jp.UsageError, match="measured on the context's samples, and it has none"):
         method = dplora(importance="samples")
         state = _initial()._replace(step=jnp.int32(6))
         jp.prune(state, method, optax.adamw(1e-2), world()[3]._replace(samples=()))
