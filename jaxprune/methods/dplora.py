@@ -15,8 +15,8 @@ worth the same:
 
 - `basis="svd"` brings every site into its SVD basis first, moments too (`jaxprune.surgery.rotation`), so that its components are
   orthogonal, and what goes with the last of them is the least that can.
-- `loss="components"` gives every component a value of its own, in place of I_l (c_l - r_l) / c_l: the sum over those that go
-  of (s |A_j| |B_j|)^2, which in the SVD basis is the squared distance that the adapters are moved by (`jaxprune.component_problem`).
+- `loss="components"` gives every component a value of its own: in place of I_l (c_l - r_l) / c_l stands the sum over those that
+  go of (s |A_j| |B_j|)^2, in the SVD basis the squared distance by which the adapters move (`jaxprune.component_problem`).
   `"fisher"` values a component by the mean over single samples of its gate's squared gradient, (dLoss / dm_j)^2.
 
 Where paper and released code differ, a setting chooses:
@@ -127,8 +127,8 @@ def dplora(
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
       schedule: how the budget falls: `bezier`, `linear`, `early`, or a function from progress to the share of the pruning done.
       basis: judge and keep components of the `trained` factors, or of each site's singular value decomposition (`svd`).
-      loss: what ranks are worth: by the `importance` of their site, as the paper, or by the sizes of their `components`, or by the
-        `fisher` information of each.
+      loss: what ranks are worth: by the `importance` of their site, as in the paper, or by the sizes of their `components`, or by
+        the `fisher` information of each.
       ema_decay: weight of what was measured at earlier events; 0 for the latest measurement alone.
       momentum: price of a lost rank, 0 for none; None for 0.1, or 0 where components have values of their own.
       stability: reward for leaving a site as it is; None for 0.05, or 0 likewise.
@@ -144,10 +144,8 @@ def dplora(
     """
     first, share, rescale = _begun(first), _share(schedule), scaling == "grow"
     usual = (0.1, 0.05) if loss == "importance" else (0.0, 0.0)
-    prices = {
-        "momentum": usual[0] if momentum is None else momentum,
-        "stability": usual[1] if stability is None else stability,
-    }
+    momentum = usual[0] if momentum is None else momentum
+    stability = usual[1] if stability is None else stability
     on_training = loss == "importance" and importance == "training"
     # B starts at 0, where A has no gradient, and the first step of a warm-up changes nothing.
     earliest = 3 if delay else 2
@@ -228,13 +226,15 @@ def dplora(
             if loss == "importance":
                 worth = {site.path: float(merged[site.path]) for site in sites}
                 ranks = range(max(current.values()) + 1)
-                problem = prune_problem(worth, sites, current, report["budget"], ranks=ranks, **prices)
+                problem = prune_problem(
+                    worth, sites, current, report["budget"], ranks=ranks, momentum=momentum, stability=stability
+                )
             else:
                 values = {path: np.square(size) for path, size in sizes.items()}
                 if loss == "fisher":
                     values = sizes = _on_samples(context, rotated, masks, step, "gates")
                 worth = {path: values[path][live] for path, live in alive.items()}
-                problem = component_problem(worth, sites, report["budget"], **prices)
+                problem = component_problem(worth, sites, report["budget"], momentum=momentum, stability=stability)
             plan = solve(problem, solver=solver, time_limit=time_limit)
         except UsageError as error:
             return state, Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
@@ -311,7 +311,8 @@ def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, k
     """Average what single samples say, in training mode: eq. 6, as the released code does, or squared gradients of `gates`."""
     if not context.samples:
         raise UsageError(
-            "what single samples say is measured on the context's samples, and it has none; give samples, or another importance or loss"
+            "what single samples say is measured on the context's samples, and it has none; give samples, or another importance "
+            "or loss"
         )
     measure, key = _measure(context.forward, context.loss_fn, kind), jax.random.fold_in(context.key, step)
     found = [

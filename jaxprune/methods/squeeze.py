@@ -4,8 +4,8 @@ N events are spread over training. At each, every site is brought into its SVD b
 
     min sum_l sum_{j > r_l} (s sigma_lj)^2    within the budget,
 
-solved to proof as the knapsack it is, with the true cost of every site; a threshold on all singular values alike is the case of
-equal costs. It is what `dplora(lora(), basis="svd", loss="components")` does, with a start that is uniform and no paper's schedule.
+solved to proof as the knapsack it is, with the true cost of every site; one threshold on all singular values is the case of equal
+costs. It is what `dplora(lora(), basis="svd", loss="components")` does, with a uniform start and a schedule of its own.
 
 Source: ours; LoRA-Squeeze (arXiv 2602.10993) lowers one rank for all sites, and PARA (arXiv 2604.27796) has the threshold.
 """

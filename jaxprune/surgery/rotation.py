@@ -1,7 +1,7 @@
 """Rotation: the same function in a basis whose components are orthogonal, so that each can be judged alone.
 
-A B = (A M) (M^-1 B) for every invertible M, so the sizes of components say as much about the basis they happen to be in as about the
-function. In the basis of its singular value decomposition, s A B = U diag(sigma) V^T, what a site loses with components is exactly
+A B = (A M) (M^-1 B) for every invertible M, so the sizes of components say as much about the basis they happen to be in as about
+the function. In the basis of the singular value decomposition, s A B = U diag(sigma) V^T, what a site loses is exactly
 
     |s A B - s A' B'|_F^2 = sum of sigma_j^2 over those that go,
 
@@ -66,15 +66,16 @@ def svd_bases(adapters: Adapters, masks: Masks) -> dict[str, Basis]:
     for path, adapter in adapters.items():
         if not isinstance(adapter, Lora) or getattr(adapter, "frozen", ()):
             raise UsageError(
-                f"the adapter at {shown(path)} is a {type(adapter).__name__}, whose components cannot be rotated; expected LoRA or "
-                f"DoRA"
+                f"the adapter at {shown(path)} is a {type(adapter).__name__}, whose components cannot be rotated; expected LoRA "
+                f"or DoRA"
             )
     grams = jax.device_get({path: _grams(adapter.a, adapter.b) for path, adapter in adapters.items()})
     found = {}
     for path, mask in host({path: masks[path] for path in adapters}).items():
         alive = np.flatnonzero(mask > 0)
         if alive.size:
-            found[path] = _embedded(*grams[path], alive, abs(adapters[path].scale))
+            gram_a, gram_b = grams[path]
+            found[path] = _embedded(gram_a, gram_b, alive, abs(adapters[path].scale))
     return found
 
 
@@ -105,8 +106,8 @@ def rotate(
       bases: {site path: basis}; other sites stay as they are.
       adapters: {site path: adapter}.
       opt_state: the state of `optimizer`.
-      optimizer: the chain that made it. What is odd in the gradients follows as they do, what is even as their squares, and copies of
-        what is trained as it does: which of them a leaf is, is tried on small arrays.
+      optimizer: the chain that made it. What is odd in the gradients follows as they do, what is even as their squares, and
+        copies of what is trained as it does; which of them a leaf is, is tried on small arrays.
 
     Raises:
       UsageError: moments of a rotated site have not the shape of its leaves.
@@ -192,7 +193,7 @@ def _below(keys: tuple[Any, ...], path: str) -> tuple[Any, ...]:
 
 
 def _kinds(optimizer: optax.GradientTransformation, path: str, adapter: Any) -> dict[tuple[Any, ...], str]:
-    """Say of every leaf of a chain's state that belongs to a site's: `odd` or `even` in the gradients, or a copy of the `value`."""
+    """Say of every leaf of a chain's state what it is for a site: `odd` or `even` in the gradients, or a copy of the `value`."""
     small = jax.tree.map(lambda leaf: jnp.ones((2,) * leaf.ndim, leaf.dtype), {path: adapter})
     states = [optimizer.init(small)] * 3
     # A chain that gathers several updates shows nothing after one; 61 is prime, so nothing has just been emptied then.
