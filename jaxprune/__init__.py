@@ -37,7 +37,8 @@ The rooms, each with a docstring of its own:
     runs        predict with what a run left
 
 On the command line, `python -m jaxprune inspect FOLDER` says what lies in
-a folder, and `merge` makes adapters and their model an ordinary checkpoint.
+a folder, `merge` makes adapters and their model an ordinary checkpoint,
+and `resize` lowers an adapter to a budget.
 """
 
 from types import ModuleType as _ModuleType
@@ -97,6 +98,7 @@ from jaxprune.methods.weights import bitfit as bitfit
 from jaxprune.methods.weights import full as full
 from jaxprune.peft import load_adapters as load_adapters
 from jaxprune.peft import load_peft as load_peft
+from jaxprune.peft import resize as resize
 from jaxprune.peft import save_adapters as save_adapters
 from jaxprune.peft import save_peft as save_peft
 from jaxprune.runs import LoadedRun as LoadedRun

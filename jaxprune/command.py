@@ -1,4 +1,4 @@
-"""The command line, `python -m jaxprune`: look into folders of adapters, runs and models, and merge adapters into their model.
+"""The command line, `python -m jaxprune`: look into folders of adapters, runs and models, and merge or resize adapters.
 
 Wrong input is one line on standard error and status 2.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxprune", description="Look into adapters, runs and models, and merge adapters.")
+    parser = _Parser(prog="jaxprune", description="Look into adapters, runs and models, and merge or resize adapters.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspect = commands.add_parser("inspect", help="say what lies in a folder", description=inspected.__doc__)
     inspect.add_argument("target", help="folder of an adapter, a run or a model, or the hub id of a model")
@@ -71,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--model", help="checkpoint it belongs to: a folder or a hub id [what the adapter names]")
     merge.add_argument("--output-dir", required=True, help="new or empty folder for the checkpoint")
     merge.set_defaults(run=lambda given: merged(given.adapter, given.model, given.output_dir))
+    resize = commands.add_parser("resize", help="lower an adapter of PEFT to a budget, without data or model")
+    resize.add_argument("adapter", help="folder of a LoRA or DoRA, or of a run that has one")
+    resize.add_argument("--ratio", help="share of its parameters that may stay, for example 0.25")
+    resize.add_argument("--budget", help="parameters that may stay")
+    resize.add_argument("--rank-pattern", help='ranks by the ends of module paths, as JSON: \'{"query": 4, ".*": 2}\'')
+    resize.add_argument("--output", required=True, help="folder to write")
+    resize.set_defaults(
+        run=lambda given: resized(given.adapter, given.output, given.ratio, given.budget, given.rank_pattern)
+    )
     return parser
 
 
@@ -286,6 +296,67 @@ def merged(adapter: str, model: str | None, output_dir: str) -> list[str]:
     params = merge(base.params, adapters, masks)
     save_classifier(output, base.config, params, tokenizer=tokenizer or base.folder, labels=labels, beside=beside)
     return [f"merged {len(adapters)} adapters of {folder} into {base.folder}", f"written to {output}"]
+
+
+def resized(
+    adapter: str, output: str, ratio: str | None = None, budget: str | None = None, rank_pattern: str | None = None
+) -> list[str]:
+    """Lower an adapter of PEFT to a budget, as `jaxprune.resize` does.
+
+    Args:
+      adapter: folder of the adapter, or of a run that has one.
+      output: folder to write.
+      ratio: share of its parameters that may stay.
+      budget: parameters that may stay.
+      rank_pattern: JSON of {expression: rank}.
+
+    Raises:
+      UsageError: as `jaxprune.resize`, or a number or the JSON cannot be read.
+
+    Returns:
+      The lines to print.
+    """
+    from jaxprune.peft import resize
+
+    given = checked_path("adapter", adapter)
+    folder = next((f for f in (given, given / "adapter") if (f / PEFT_CONFIG).is_file()), given)
+    patterns = None
+    if rank_pattern is not None:
+        try:
+            patterns = json.loads(rank_pattern)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"rank-pattern {shown(rank_pattern)} is not JSON ({reason(error)}); expected {{expression: rank}}"
+            ) from None
+    done = resize(folder, output, ratio=_number(ratio), budget=_number(budget), rank_pattern=patterns)  # type: ignore[arg-type]
+    width = min(60, max(map(len, done.ranks)))
+    rows = [
+        f"{_short(name, width).ljust(width)}  {done.before[name]:>4} -> {rank:<4} {100 * done.kept[name]:5.1f} %"
+        for name, rank in done.ranks.items()
+    ]
+    vllm = "more than vLLM takes" if done.vllm_rank is None else f"--max-lora-rank {done.vllm_rank} for vLLM"
+    return [
+        f"{'module'.ljust(width)}  rank           energy kept",
+        *rows,
+        *(textwrap.wrap(done.plan.status, _WIDTH) if done.plan else []),
+        f"{done.params_before:,} to {done.params:,} parameters, {100 * done.energy:.2f} % of the energy kept",
+        f"largest rank {max(done.ranks.values())}: {vllm}",
+        f"written to {output}",
+    ]
+
+
+def _number(text: str | None) -> float | int | str | None:
+    """Read a number; what is none stays as it is, for the error to show."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        return text
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def _classes(folder: Path) -> tuple[int | None, str | None]:

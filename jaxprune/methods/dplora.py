@@ -59,14 +59,13 @@ from jaxprune.methods.registry import register
 from jaxprune.schedules import BUDGETS, Schedule, budget_schedule, event_steps
 from jaxprune.scores import component_norms
 from jaxprune.sites import Site
-from jaxprune.surgery import Decision, rotate_adapters, svd_bases, trim
+from jaxprune.surgery import BASES, Decision, rotate_adapters, svd_bases, trim
 
 # No site has more ranks to lose.
 Events = Annotated[int, Range(1, MOST_RANK)]
 IMPORTANCES = ("training", "samples")
 NORMS = ("rms", "frobenius")
 SCALINGS = ("constant", "grow")
-BASES = ("trained", "svd")
 LOSSES = ("importance", "components", "fisher")
 
 

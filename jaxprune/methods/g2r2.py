@@ -26,6 +26,11 @@ Where this differs from the paper, and why:
 
 Compaction drops the sites whose modules are pruned.
 
+`unit="ranks"` goes beyond the paper: ranks are lowered instead of whole modules. Every site is brought into its SVD basis, and
+within the fraction p of the adapter parameters the ranks are those that lose least of
+
+    sum_l (1 / Rhat_l) (sum_{j > r_l} sigma_lj^2) / (sum_j sigma_lj^2)
+
 Source: "Enhancing PEFT Efficiency by Adaptively Reducing Low-Rank Modules" (G2R2), sections 3.2 and 3.3, tables 4 and 9 to 11.
 """
 
@@ -41,17 +46,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters import Adapters, Lora, Masks
+from jaxprune.adapters import Adapters, Lora, Masks, count
 from jaxprune.adapters.base import key_for
+from jaxprune.allocation import component_problem, solve
 from jaxprune.checks import MOST_STEPS, Count, OneOf, Positive, Range, Rank, Seed, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
 from jaxprune.methods.registry import register
 from jaxprune.schedules import Stage, cubic, stage_steps, thinned
-from jaxprune.scores import redundancy
+from jaxprune.scores import component_norms, redundancy
 from jaxprune.scores.probe import GradientProbe
-from jaxprune.surgery import Decision
+from jaxprune.surgery import Decision, rotate_adapters, svd_bases, trim
 
 # Of x, the gradient at the product's output and the factors, reduced inside the backward pass; the same of a dense G.
 _INSIDE: dict[str, tuple[Callable, Callable]] = {
@@ -68,6 +74,7 @@ _OF_FACTORS: dict[str, Callable] = {
 }
 REDUNDANCY_SCORES = (*_INSIDE, *_OF_FACTORS, "random")
 COMBINES = ("mul", "none", "div")
+UNITS = ("modules", "ranks")
 Fraction = Annotated[float, Range(above=0, high=1)]
 _TINY = np.finfo(np.float64).tiny
 
@@ -91,10 +98,10 @@ class Redundancy(NamedTuple):
 
 
 class G2R2State(NamedTuple):
-    """{site path: what is known of its module}, and M, the modules at the start."""
+    """{site path: what is known of its module}, and what there is at the start: M modules, or the adapter parameters."""
 
     sites: dict[str, Redundancy]
-    modules: jax.Array
+    start: jax.Array
 
 
 @register(paper="Enhancing PEFT Efficiency by Adaptively Reducing Low-Rank Modules")
@@ -116,6 +123,7 @@ def g2r2(
     combine: Annotated[str, OneOf(COMBINES)] = "mul",
     robust: bool = False,
     abrupt: bool = False,
+    unit: Annotated[str, OneOf(UNITS)] = "modules",
     seed: Seed = 0,
 ) -> Method:
     """Train LoRA of one rank, and prune whole modules down to a fraction of them.
@@ -138,6 +146,7 @@ def g2r2(
       combine: Rhat is Rbar Ubar (`mul`), Rbar (`none`) or Rbar / Ubar (`div`).
       robust: smooth S before inverting it.
       abrupt: prune all at once, at the end of the progressive stage; for comparison.
+      unit: what goes: whole `modules`, or `ranks` in the SVD basis, where p is a fraction of the adapter parameters.
       seed: of `score=random`.
 
     Raises:
@@ -178,7 +187,7 @@ def g2r2(
     def init(adapters: Adapters, masks: Masks) -> G2R2State:
         dtypes = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
         known = {path: Redundancy(*(jnp.zeros((), dtype) for dtype in dtypes)) for path in adapters}
-        return G2R2State(known, jnp.int32(len(adapters)))
+        return G2R2State(known, jnp.int32(len(adapters) if unit == "modules" else count(adapters, masks)))
 
     def update(state: G2R2State, adapters: Adapters, masks: Masks, measured: dict[str, jax.Array]) -> G2R2State:
         new = {
@@ -213,8 +222,6 @@ def g2r2(
         modules = sorted(known, key=order.__getitem__)
         alive = np.array([(before[path] > 0).any() for path in modules], bool)
         share = final if step >= last else cubic(step, first, last, initial, final)
-        # The 1e-9 keeps a product such as 0.1 * 30 from being rounded up to the next module.
-        keep = max(1, math.ceil(share * int(state.modules) - 1e-9))
         report = {
             "share": share,
             "modules": int(alive.sum()),
@@ -225,6 +232,11 @@ def g2r2(
             late = {"status": f"nothing pruned: {int((alive & ~measured).sum())} modules could not be measured"}
             return state, Decision({}, report={**report, **late}) if step >= last else None
         redundant = np.array([_combined(combine, known[path], decays) for path in modules])
+        if unit == "ranks":
+            living = {path: value for path, value, live in zip(modules, redundant, alive, strict=True) if live}
+            return state, _lowered(living, adapters, masks, context, math.floor(share * int(state.start)), report)
+        # The 1e-9 keeps a product such as 0.1 * 30 from being rounded up to the next module.
+        keep = max(1, math.ceil(share * int(state.start) - 1e-9))
         # With one measurement Ubar is 0; of equal Rhat the larger Rbar goes.
         smooth = np.array([_corrected(known[path], decays)[0] for path in modules])
         ranked = np.lexsort((smooth, redundant, ~alive))
@@ -254,9 +266,33 @@ def g2r2(
         events=events,
         probes=probes,
         compact=compact,
-        removes="sites",
+        removes="sites" if unit == "modules" else "components",
         name="g2r2",
     )
+
+
+def _lowered(
+    redundant: dict[str, float], adapters: Adapters, masks: Masks, context: Context, budget: int, report: dict[str, Any]
+) -> Decision | None:
+    """Lower ranks to a budget, what is redundant first."""
+    bases = svd_bases({path: adapters[path] for path in redundant}, masks)
+    rotated = rotate_adapters(bases, adapters)
+    energy = {path: np.square(np.asarray(norm)) for path, norm in component_norms(rotated).items() if path in bases}
+    least = min((value for value in redundant.values() if value > 0), default=1.0)
+    values = {
+        # With one measurement Ubar is 0, and so is Rhat.
+        path: energy[path][np.asarray(masks[path]) > 0] / (energy[path].sum() or 1.0) / (value if value > 0 else least)
+        for path, value in redundant.items()
+    }
+    try:
+        plan = solve(component_problem(values, [site for site in context.sites if site.path in adapters], budget))
+    except UsageError as error:
+        return Decision({}, report={**report, "status": f"The ranks stay as they are: {error}."})
+    fewer = {path: rank for path, rank in plan.ranks.items() if rank < len(values.get(path, ()))}
+    if not fewer:
+        return None
+    report |= {"modules": sum(rank > 0 for rank in plan.ranks.values()), "status": plan.status, "solver": plan.solver}
+    return Decision(trim(energy, masks, fewer), bases={path: bases[path] for path in fewer}, report=report)
 
 
 def factor_scores(score: str, adapters: Adapters, grads: Adapters, paths: Any) -> dict[str, jax.Array]:

@@ -21,6 +21,10 @@ Where this differs from the paper and its released code, and why:
   with the first-order term, and no adjustment (the released one cannot run, and the paper's formula is not public).
 - Only one factor is ever adjusted. Each adjustment restores the product A B by itself; both together restore it twice.
 
+`basis="svd"` goes beyond the paper: before an event every adapter is brought into its SVD basis, with its moments and curvatures
+(`jaxprune.surgery.rotation`), so that components are orthogonal. With `score="norm"`, |A_j| |B_j|, the smallest singular values
+go there.
+
 To compare: LLM-Pruner's scores (`element1`, `element2`, `taylor2`), Wanda's sqrt(E z_j^2) |B_j| with z = x A, and SparseGPT's,
 as released (a_j^T (E[x x^T] + 1e-6 I)^-1 a_j: d_in^3 operations a site) and done properly (`sparsegpt_obs`: H = E[z^T z],
 with B adjusted).
@@ -46,6 +50,7 @@ from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Probes
 from jaxprune.methods.lora import lora
 from jaxprune.methods.registry import Components, register
+from jaxprune.scores import component_norms
 from jaxprune.scores.probe import InputProbe, inverse_second_moment, second_moment
 from jaxprune.scores.surgeon import (
     COMPONENT_SCORES,
@@ -53,9 +58,10 @@ from jaxprune.scores.surgeon import (
     compensation,
     component_score,
     damped_inverse,
+    rotated,
     surgery_score,
 )
-from jaxprune.surgery import Decision
+from jaxprune.surgery import BASES, Basis, Decision, rotate_adapters, svd_bases
 
 CURVATURES = ("gtg", "fisher", "act")
 COMPENSATIONS = ("none", "B", "A")
@@ -73,7 +79,9 @@ class Surgery(NamedTuple):
 
 _PAPER = Surgery("gtg", True, "none", 0.0, 1e-6)
 _INPUT_SCORES: dict[str, Callable] = {"wanda": second_moment, "sparsegpt_released": inverse_second_moment}
-PRUNED_SCORES = ("obs", "paper_score", *COMPONENT_SCORES, "wanda", "sparsegpt_released", "sparsegpt_obs")
+PRUNED_SCORES = ("obs", "paper_score", "norm", *COMPONENT_SCORES, "wanda", "sparsegpt_released", "sparsegpt_obs")
+# What is known of these can be brought into another basis.
+_TURNED = ("obs", "paper_score", "norm")
 
 
 class PrunedLoraState(NamedTuple):
@@ -104,6 +112,7 @@ def prunedlora(
     start_step: Count | None = None,
     total_steps: Count | None = None,
     score: Annotated[str, OneOf(PRUNED_SCORES)] = "obs",
+    basis: Annotated[str, OneOf(BASES)] = "trained",
     curvature: Annotated[str, OneOf(CURVATURES)] | None = None,
     first_order: bool | None = None,
     compensate: Annotated[str, OneOf(COMPENSATIONS)] | None = None,
@@ -122,7 +131,9 @@ def prunedlora(
       remove: K2, components each site loses at an event; None for 2, or as many as a short run needs.
       start_step: the first event comes after this many optimiser steps, at least K1; None for K1, but no sooner than 2.
       total_steps: optimiser steps of the whole run; where given, the events must fit.
-      score: what decides which components go, see the top of this file; the next four settings are for `obs` alone.
+      score: what decides which components go, see the top of this file; the last five settings are for `obs` alone.
+      basis: judge components of the `trained` factors, or of each adapter's singular value decomposition (`svd`); for the scores
+        `obs`, `paper_score` and `norm`.
       curvature: `fisher`, the average over steps of g g^T / d (the default); `gtg`, the same of one step, as a sum over d;
         `act`, E[z^T z] of z = x A, for B alone.
       first_order: whether the score has the term H^-1 g (default: no).
@@ -136,6 +147,9 @@ def prunedlora(
     Source: PrunedLoRA, algorithm 1.
     """
     surgery = _surgery(score, curvature, first_order, compensate, damping)
+    if basis == "svd" and (score not in _TURNED or (surgery and surgery.curvature == "act")):
+        what = "a curvature of activations" if score == "obs" else f"score {score!r}"
+        raise UsageError(f'{what} knows one basis alone; with basis "svd" expected score obs, paper_score or norm')
     if target > rank:
         raise UsageError(f"target {target} is out of range; expected 1 to the initial rank, {rank}")
     half = None if total_steps is None else total_steps // 2
@@ -171,6 +185,8 @@ def prunedlora(
             if surgery:
                 moment = None if measured is None else measured[path]
                 return _factors(surgery, known, decay, a, b, grad_a, grad_b, moment)
+            if score == "norm":  # it is taken when it is needed
+                return known
             if score == "wanda":
                 moment = jnp.diagonal(measured[path], axis1=-2, axis2=-1)
                 return jnp.sqrt(moment) * jnp.linalg.norm(b, axis=-1)
@@ -192,12 +208,16 @@ def prunedlora(
         # What a skipped event left over goes at the next one.
         planned = max(target, rank - remove * ((step - first) // interval + 1))
         correction = 1 - decay ** int(state.count) if surgery and surgery.curvature == "fisher" else 1.0
+        over = {path: int((mask > 0).sum()) - planned for path, mask in before.items()}
+        over = {path: count for path, count in over.items() if count > 0}
+        bases = svd_bases({path: adapters[path] for path in over}, masks) if basis == "svd" else {}
+        adapters = rotate_adapters(bases, adapters)
+        sites = {**state.sites, **{path: _turned(state.sites[path], adapters[path], bases[path]) for path in bases}}
+        if score == "norm":
+            sites = component_norms({path: adapters[path] for path in over})
         found, changed = {}, {}
-        for path, known in state.sites.items():
-            count = int((before[path] > 0).sum()) - planned
-            if count <= 0:
-                continue
-            chosen = _choose(surgery, count, known, masks[path], correction)
+        for path, count in over.items():
+            chosen = _choose(surgery, count, sites[path], masks[path], correction)
             found[path] = chosen._replace(inverse=None)
             if surgery and surgery.compensate != "none":
                 name = surgery.compensate.lower()
@@ -218,7 +238,10 @@ def prunedlora(
             name = surgery.compensate.lower()
             adjusted = {path: dataclasses.replace(adapters[path], **{name: changed[path][0]}) for path in cut}
         report["seconds"] = time.perf_counter() - began
-        return state, Decision({path: chosen.mask for path, chosen in cut.items()}, adjusted, report=report)
+        bases = {path: bases[path] for path in cut if path in bases}
+        new = {path: sites[path] if path in bases else known for path, known in state.sites.items()}
+        masked = {path: chosen.mask for path, chosen in cut.items()}
+        return state._replace(sites=new), Decision(masked, adjusted, bases, report=report)
 
     def compact(state: PrunedLoraState, kept: dict[str, np.ndarray]) -> PrunedLoraState:
         left = {path: known for path, known in state.sites.items() if kept[path].shape[-1]}
@@ -300,6 +323,15 @@ def _factors(
         kept = gram if surgery.first_order and surgery.curvature != "gtg" else None
         found[name] = Factor(new, jnp.sum(jnp.square(value), axis=-1), cross, kept)
     return found
+
+
+def _turned(known: dict[str, Factor] | jax.Array, adapter: Any, basis: Basis) -> Any:
+    """Bring what is known of an adapter's factors into the basis that the adapter is in now."""
+    if not isinstance(known, dict):
+        return known
+    into, back = (jnp.asarray(matrix, jnp.float32) for matrix in (basis.into, basis.back))
+    of = {"a": (adapter.a.T, into.T, back), "b": (adapter.b, back, into.T)}
+    return {name: rotated(factor, *of[name]) for name, factor in known.items()}
 
 
 class _Chosen(NamedTuple):

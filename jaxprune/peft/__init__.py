@@ -10,4 +10,6 @@ from jaxprune.peft.load import load_peft as load_peft
 from jaxprune.peft.names import TorchPaths as TorchPaths
 from jaxprune.peft.own import load_adapters as load_adapters
 from jaxprune.peft.own import save_adapters as save_adapters
+from jaxprune.peft.resizing import Resized as Resized
+from jaxprune.peft.resizing import resize as resize
 from jaxprune.peft.save import save_peft as save_peft

@@ -65,7 +65,7 @@ def load_peft(
 
     adapters: dict[str, Any] = {}
     masks: dict[str, Any] = {}
-    rank, alpha = _Setting(config, "r", "rank_pattern"), _Setting(config, "lora_alpha", "alpha_pattern")
+    rank, alpha = Setting(config, "r", "rank_pattern"), Setting(config, "lora_alpha", "alpha_pattern")
     dropout = check_dropout(config.get("lora_dropout", 0.0))
     for site in sites:
         name = torch_name(site.path, torch_paths)
@@ -156,7 +156,7 @@ def _check_names(config: Mapping[str, Any]) -> None:
             raise UsageError(f"{CONFIG}: {name} is {shown(config[name])}; expected true or false")
 
 
-class _Setting:
+class Setting:
     """The value of a setting at a module: that of the first pattern matching the end of its path, or the global one."""
 
     def __init__(self, config: Mapping[str, Any], name: str, patterns: str):

@@ -58,6 +58,24 @@ def damped_inverse(curvature: Array, mask: Array, relative: float, absolute: flo
     return jnp.where(both, inverse, 0.0)
 
 
+def rotated(factor: Factor, rows: Array, value: Array, gradient: Array) -> Factor:
+    """Bring what is known of a factor into another basis, F <- P F and g <- Q g: H <- Q H Q^T, and likewise what is made of g.
+
+    Args:
+      factor: in the old basis.
+      rows: the factor in the new one, (r, d).
+      value: P, (r, r).
+      gradient: Q, (r, r), the inverse of P transposed.
+    """
+    turn = lambda matrix, right: None if matrix is None else gradient @ matrix @ right.T  # noqa: E731
+    return Factor(
+        gradient @ factor.curvature @ gradient.T,
+        jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1),
+        turn(factor.cross, value),
+        turn(factor.gram, gradient),
+    )
+
+
 def surgery_score(inverse: Array, factor: Factor) -> Array:
     """Return what removing each component costs, (r,): 1/2 |(F - H^-1 g)_j|^2 / [H^-1]_jj, without g where it is not known.
 

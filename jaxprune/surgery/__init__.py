@@ -12,6 +12,7 @@ from jaxprune.surgery.mask import trim as trim
 from jaxprune.surgery.mask import zero_dead as zero_dead
 from jaxprune.surgery.policy import COMPACT as COMPACT
 from jaxprune.surgery.policy import worth_compacting as worth_compacting
+from jaxprune.surgery.rotation import BASES as BASES
 from jaxprune.surgery.rotation import Basis as Basis
 from jaxprune.surgery.rotation import rotate as rotate
 from jaxprune.surgery.rotation import rotate_adapters as rotate_adapters

@@ -30,6 +30,8 @@ from jaxprune.adapters import Adapters, Lora, Masks
 from jaxprune.errors import UsageError, shown
 from jaxprune.surgery.components import Place, host, like, map_adapters, map_moments, rebuild
 
+# What methods let one choose: components of the factors as they were trained, or of their product's decomposition.
+BASES = ("trained", "svd")
 # Singular values of a factor below this share of the largest are rounding errors of a Gram matrix in float32.
 _ROUNDING = 1e-4
 # A component this much smaller than the first would divide by almost nothing; it keeps a direction of this size to grow in.

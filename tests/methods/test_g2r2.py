@@ -1,6 +1,7 @@
 """G2R2: numbers worked out by hand, exact S against dense gradients, and what pruning does to modules."""
 
 import functools
+import itertools
 import types
 
 import jax
@@ -385,3 +386,41 @@ def test_the_probe_keeps_no_dense_gradient():
 def test_bad_settings(settings, message):
     with pytest.raises(jp.UsageError, match=message):
         jp.g2r2(**{"warmup": 4, "progressive": 4, "interval": 1, **settings})
+
+
+def test_ranks_go_where_least_is_lost():
+    """Against brute force over all ranks, with Rhat from the state and singular values in float64."""
+    s = setting(unit="ranks", final=0.4)
+    start, state, seen = jp.count(s.state.adapters, s.state.masks), s.state, 0
+    for number in range(1, 10):
+        state, _ = s.step(s.params, state, s.batch)
+        before = state
+        state, decision = jp.prune(state, s.method, s.optimizer, s.context)
+        if not decision or not decision.masks:
+            continue
+        seen += 1
+        budget = int((0.4 if number >= 8 else cubic(number, 4, 8, 1.0, 0.4)) * start)
+        energy, worth = {}, {}
+        for path, x in before.adapters.items():
+            live = np.asarray(before.masks[path]) > 0
+            whole = (np.asarray(x.a, np.float64) * live) @ np.asarray(x.b, np.float64)
+            energy[path] = np.square(np.linalg.svd(whole, compute_uv=False)[: live.sum()])
+            smooth, uncertain = corrected(before.method_state.sites[path], (0.85, 0.95))
+            worth[path] = 1 / (smooth * uncertain)
+
+        def lost(ranks, energy=energy, worth=worth):
+            shares = [energy[p][r:].sum() / (energy[p].sum() or 1.0) for p, r in zip(energy, ranks, strict=True)]
+            return np.dot(list(worth.values()), shares)
+
+        allowed = [range(len(value) + 1) for value in energy.values()]
+        kinds = [path.split("/")[-1] for path in energy]
+        plans = [
+            ranks
+            for ranks in itertools.product(*allowed)
+            if 20 * sum(ranks) <= budget and {k for k, r in zip(kinds, ranks, strict=True) if r} == set(kinds)
+        ]
+        found = [int(np.asarray(state.masks[path]).sum()) for path in energy]
+        assert tuple(found) in plans and lost(found) == pytest.approx(min(map(lost, plans)), rel=1e-3)
+        assert decision.report["modules"] == sum(rank > 0 for rank in found)
+    assert seen >= 2 and jp.count(state.adapters, state.masks) <= 0.4 * start
+    assert len({int(np.asarray(mask).sum()) for mask in state.masks.values()}) > 1

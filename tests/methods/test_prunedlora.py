@@ -11,6 +11,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.methods.prunedlora import PRUNED_SCORES
+from jaxprune.surgery import rotate_adapters, rotate_gradients
 from tests.tower import sites_of, tower
 
 
@@ -290,3 +291,53 @@ def test_the_benchmark_prints_what_it_measured(capsys):
     assert "take 10 MiB" in lines[0]
     seconds = {line.split()[0]: float(line.split()[2]) for line in lines[1:4]}
     assert set(seconds) == {"observe", "decide", "apply"} and min(seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"score": "paper_score"}, {"curvature": "gtg", "first_order": True, "compensate": "A"}]
+)
+def test_curvatures_follow_into_the_svd_basis(settings):
+    """What is known after an event is what the rotated gradients say, in float64."""
+    s = setting(basis="svd", **settings)
+    state, _ = s.step(s.params, s.state, s.batch)
+    before = state.adapters
+    state, _ = s.step(s.params, state, s.batch)
+    grads = jax.grad(lambda a: loss_fn(lambda x: s.forward(s.params, a, state.masks, x), s.batch, None))(before)
+    after, decision = jp.prune(state, s.method, s.optimizer, s.context)
+    assert decision and set(decision.bases) == set(state.adapters)
+    turned = rotate_gradients(decision.bases, grads)
+    old, new = (rotate_adapters(decision.bases, x) for x in (before, state.adapters))
+    for path, known in after.method_state.sites.items():
+        for name, factor in known.items():
+            rows = lambda tree: np.asarray(tree.a, np.float64).T if name == "a" else np.asarray(tree.b, np.float64)  # noqa: B023, E731
+            g, f = rows(turned[path]), rows(old[path])
+            for found, expected in ((factor.curvature, g @ g.T), (factor.cross, g @ f.T)):
+                np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+            np.testing.assert_allclose(factor.norm, np.square(rows(new[path])).sum(axis=1), rtol=1e-4)
+    assert {int(mask.sum()) for mask in after.masks.values()} == {4}
+
+
+def test_the_smallest_singular_values_go():
+    s = setting(basis="svd", score="norm")
+    state = s.state
+    for _ in range(2):
+        state, _ = s.step(s.params, state, s.batch)
+    after, _ = jp.prune(state, s.method, s.optimizer, s.context)
+    for path, x in state.adapters.items():
+        whole, new = np.asarray(x.a, np.float64) @ x.b, after.adapters[path]
+        sigma = np.linalg.svd(whole, compute_uv=False)
+        left = np.asarray(new.a, np.float64) @ new.b
+        np.testing.assert_allclose(np.square(whole - left).sum(), np.square(sigma[4:]).sum(), rtol=1e-3, atol=1e-8)
+        assert np.linalg.matrix_rank(left, tol=1e-6 * sigma[0]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"score": "taylor2"}, "^score 'taylor2' knows one basis alone"),
+        ({"curvature": "act"}, "^a curvature of activations knows one basis alone"),
+    ],
+)
+def test_what_cannot_be_brought_into_another_basis_is_refused(settings, said):
+    with pytest.raises(jp.UsageError, match=f'{said}; with basis "svd" expected score obs, paper_score or norm$'):
+        jp.prunedlora(rank=6, target=3, basis="svd", **settings)
