@@ -2,11 +2,13 @@
 
 The sites of RoBERTa-base (72) and of Llama 3 8B (224) with adapters, gradients and moments of random numbers, no model: what
 is timed is what an event adds to training. The scores of the steps are summed within the training step (`observe`); an event
-blends them, solves the program, chooses components by their norms, and masks values and both moments of Adam.
+blends them, solves the program, chooses components by their norms, and masks values and both moments of Adam. With `--basis svd`
+every site and its moments are brought into another basis first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +34,10 @@ class EventConfig:
     """events of a run; the first compiles, the others are timed"""
     ratio: float = 0.6
     """share of the adapter parameters to prune"""
+    basis: Literal["trained", "svd"] = "trained"
+    """basis in which components are judged"""
+    loss: Literal["importance", "components"] = "importance"
+    """what ranks are worth"""
 
 
 def main(arguments: list[str]) -> None:
@@ -47,8 +53,13 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--events {config.events} is out of range; expected 2 or more, of which the first compiles")
     for shape in config.shapes:
         sites = SHAPES[shape]()
-        method = jp.dplora(total_steps=config.events + 1, events=config.events, recovery_steps=0, target=config.ratio)
+        method = jp.dplora(
+            total_steps=config.events + 2, events=config.events, recovery_steps=0, target=config.ratio, basis=config.basis,
+            loss=config.loss,
+        )  # fmt: skip
         adapters, masks = jp.init_lora(jax.random.key(0), sites, {site.path: config.rank for site in sites})
+        keys = iter(jax.random.split(jax.random.key(2), len(adapters)))
+        adapters = {p: dataclasses.replace(x, b=jax.random.normal(next(keys), x.b.shape)) for p, x in adapters.items()}
         optimizer = optax.adamw(1e-4)
         context = jp.Context(jax.random.key(0), {}, sites, lambda *_: None, lambda *_: None)
         state = jp.init_state(jax.random.key(1), adapters, masks, optimizer, method)
@@ -59,7 +70,7 @@ def main(arguments: list[str]) -> None:
         }
         observe = jax.jit(method.observe)
         whole, solving = [], []
-        for number in range(1, config.events + 1):
+        for number in method.events:
             own = observe(state.method_state, state.adapters, state.masks, grads, jnp.int32(number), None)
             state = jax.block_until_ready(state._replace(step=jnp.int32(number), method_state=own))
             start = time.perf_counter()

@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
             raise UsageError(f"--{name} {' '.join(map(str, given)) or 'without a value'}: name one or more, each once")
-    with Folder(config.output_dir, ("table.md", "compare.png", "logs/"), "comparison") as folder:
+    with Folder(config.output_dir, ("table.md", "compare.png", "events.png", "logs/"), "comparison") as folder:
         folder.check(resume=True, overwrite=False, inputs={})
         # A wrong setting of the last method, or a run of other settings, would otherwise be found after hours.
         given = _for_methods(flags, [method.partition(":")[0] for method in config.methods])
@@ -124,8 +124,12 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
         text = table(rows)
         write_whole(folder.own("table.md"), text.encode())
         plot(rows, folder.own("compare.png"))
+        pictures = "compare.png"
+        if jumps := _jumps(summaries):
+            plot_events(jumps, folder.own("events.png"))
+            pictures += ", events.png"
         print(f"\n{text}")
-        say("files", f"{config.output_dir}/: table.md, compare.png, logs/, and a folder for every run")
+        say("files", f"{config.output_dir}/: table.md, {pictures}, logs/, and a folder for every run")
         if failures:
             raise RunError(f"{len(failures)} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
         return rows
@@ -263,6 +267,18 @@ def _row(task: str, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, An
     }  # fmt: skip
 
 
+Jumps = dict[tuple[str, str], list[list[dict[str, Any]]]]
+
+
+def _jumps(summaries: dict[tuple[str, str], list[dict[str, Any]]]) -> Jumps:
+    """Return the events of runs that measured losses at theirs (`--event-losses`), by task and method."""
+    found = {
+        key: [[event for event in run.get("events") or () if "loss_before" in event] for run in runs]
+        for key, runs in summaries.items()
+    }
+    return {key: [events for events in runs if events] for key, runs in found.items() if any(runs)}
+
+
 def _trained(summary: dict[str, Any]) -> int:
     """Count what is trained beside the task's head, which all methods have."""
     return summary["adapter_params"] + summary["weight_params"] - summary["head_params"]
@@ -286,6 +302,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _look(number: int) -> tuple[str, str]:
+    """Return colour and marker of a method, the same in every panel."""
+    return f"C{number % 10}", "osD^v<>Pp*hX"[number % 12]
+
+
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw score against adapter parameters, one panel a task, with error bars where there are several seeds."""
     from matplotlib.figure import Figure
@@ -297,11 +318,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         here = [row for row in rows if row["task"] == task]
         for row in here:
-            number = methods.index(row["method"])  # a method looks the same in every panel
-            marker = "osD^v<>Pp*hX"[number % 12]
+            colour, marker = _look(methods.index(row["method"]))
             axes.errorbar(
-                row["params"], row["score"], yerr=row["spread"], marker=marker, linestyle="none", capsize=2,
-                color=f"C{number % 10}", label=_named(row["method"]),
+                row["params"], row["score"], yerr=row["spread"], marker=marker, linestyle="none", capsize=2, color=colour,
+                label=_named(row["method"]),
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
@@ -315,4 +335,35 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(known.values()), list(known), fontsize=7.5, loc="outside right center", frameon=False)
+    write_figure(path, figure)
+
+
+def plot_events(jumps: Jumps, path: Path) -> None:
+    """Draw the loss right before and right after every pruning event, one panel a task, a line for each event and seed."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    tasks, methods = (list(dict.fromkeys(key[i] for key in jumps)) for i in (0, 1))
+    figure = Figure(figsize=(6.2 * len(tasks), 4.6), dpi=150, layout="constrained")
+    shared = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(shared, tasks, strict=True):
+        for (own, method), runs in jumps.items():
+            if own != task:
+                continue
+            colour, marker = _look(methods.index(method))
+            for events in runs:
+                steps = [event["step"] for event in events]
+                before, after = ([event[name] for event in events] for name in ("loss_before", "loss_after"))
+                axes.vlines(steps, before, after, colors=colour, lw=1.2)
+                axes.plot(steps, before, marker, ms=3.5, mfc="white", mec=colour, ls="none")
+                axes.plot(steps, after, marker, ms=4.5, color=colour, ls=":", lw=0.7)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss of the scoring batches: open before the event, filled after")
+        axes.set_title(task)
+        axes.grid(alpha=0.25)
+    known = [
+        Line2D([], [], color=_look(i)[0], marker=_look(i)[1], ms=4.5, lw=1.2, label=_named(method))
+        for i, method in enumerate(methods)
+    ]
+    figure.legend(handles=known, fontsize=7.5, loc="outside right center", frameon=False)
     write_figure(path, figure)

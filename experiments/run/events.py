@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from experiments.run.clock import Clock
-from jaxprune.adapters import Masks, count
+from jaxprune.adapters import Masks, count, with_weights
 from jaxprune.allocation import step_time
 from jaxprune.methods import Context, Method
 from jaxprune.sites import Site
@@ -29,9 +31,11 @@ class Pruner:
         total_steps: int,
         compact: str,
         events: Sequence[dict[str, Any]] = (),
+        losses: bool = False,
     ) -> None:
         self._method, self._optimizer, self._context, self._clock = method, optimizer, context, clock
         self._total, self._mode, self.events = total_steps, compact, list(events)
+        self._loss = _loss(context) if losses and context.batches else None
         self._since: tuple[int, float, float, float] | None = None  # step, training, compile and cached seconds
         self._open: dict[str, Any] | None = None  # the compaction whose effect is being measured
 
@@ -45,7 +49,7 @@ class Pruner:
         if self._open is not None and pace:
             self._open |= {"step_seconds_after": pace, "compile_seconds": compiled}
             self._open = None
-        before = _params(state)
+        before, loss = _params(state), self._measured(state)
         with self._clock.timing("prune"):
             start = time.perf_counter()
             state, decision = prune(state, self._method, self._optimizer, self._context)
@@ -55,6 +59,8 @@ class Pruner:
                 "step": number, "params_before": before, "params_after": _params(state), **decision.report,
                 "seconds": time.perf_counter() - start, "compacted": False,
             }  # fmt: skip
+            if loss is not None:
+                entry |= {"loss_before": loss, "loss_after": self._measured(state)}
             self.events.append(entry)
             if self._mode == "never" or not compactable(state.masks):
                 return state
@@ -79,6 +85,14 @@ class Pruner:
         self.begin(number)
         return state
 
+    def _measured(self, state: TrainState) -> float | None:
+        """Return the mean loss of the scoring batches, with nothing dropped."""
+        if self._loss is None:
+            return None
+        with self._clock.timing("eval"):
+            seen = self._method.seen(state.method_state, state.adapters, state.masks)
+            return float(np.mean([self._loss(state.weights, *seen, batch) for batch in self._context.batches]))
+
     def finish(self, number: int) -> None:
         """Close the last measurement."""
         pace, compiled = self._measure(number)
@@ -93,6 +107,16 @@ class Pruner:
         if number <= step:
             return None, compiled
         return (self._clock.training() - training) / (number - step), compiled
+
+
+def _loss(context: Context) -> Callable[..., jax.Array]:
+    @jax.jit
+    def loss(weights, adapters, masks, batch, params):
+        apply = lambda *inputs, **kw: context.forward(with_weights(params, weights), adapters, masks, *inputs, **kw)  # noqa: E731
+        value = context.loss_fn(apply, batch, None)
+        return value[0] if isinstance(value, tuple) else value
+
+    return lambda *state: loss(*state, context.params)
 
 
 def _params(state: TrainState) -> int:

@@ -89,6 +89,11 @@ class Common:
     )
     keep: Whole = _flag("files", "checkpoints to keep, besides the one with the best score")
     log_steps: Whole = _flag("files", "write a line to metrics.jsonl every so many steps")
+    event_losses: bool = _flag(
+        "files",
+        "also measure the loss, on the scoring batches, right before and right after every pruning event",
+        False,
+    )
     tensorboard: bool = _flag("files", "also write TensorBoard event files (pip install tensorboardX)", False)
 
 
@@ -120,6 +125,6 @@ DEFAULTS: dict[str, Any] = dict(
 # Where the files go, and where settings come from, is a matter of one run alone.
 OF_ONE_RUN = ("config", "output_dir", "overwrite", "resume")
 # Settings that a resumed run may change without becoming another run.
-FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "tensorboard")
+FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "event_losses", "tensorboard")
 
 COMMON = {field.name: field for field in dataclasses.fields(Common)}

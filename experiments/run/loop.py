@@ -158,7 +158,14 @@ def _run(
         kept,
     )
     pruner = Pruner(
-        method, optimizer, context._replace(params=params), clock, steps, config.compact or "auto", kept["events"]
+        method,
+        optimizer,
+        context._replace(params=params),
+        clock,
+        steps,
+        config.compact or "auto",
+        kept["events"],
+        config.event_losses,
     )
     every = config.eval_steps or data.train.steps_per_epoch
 
@@ -334,6 +341,8 @@ def _event(event: dict[str, Any]) -> str:
     if before == after and "channels" not in event:
         return f"pruned nothing, {after:,} adapter parameters" + (f": {event['status']}" if "status" in event else "")
     said = f"pruned from {before:,} to {after:,} adapter parameters"
+    if "loss_before" in event:
+        said += f", loss of the scoring batches {event['loss_before']:.4f} to {event['loss_after']:.4f}"
     return said + (", and compacted" if event["compacted"] else "")
 
 

@@ -190,7 +190,18 @@ def _events(events: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = [_flat(event) for event in events]
     counts = {"params_before", "params_after"}
-    first = ["step", "solver", "status", "gap", "seconds", "seconds scores", "seconds solve", "seconds surgery"]
+    first = [
+        "step",
+        "loss_before",
+        "loss_after",
+        "solver",
+        "status",
+        "gap",
+        "seconds",
+        "seconds scores",
+        "seconds solve",
+        "seconds surgery",
+    ]
     first += ["compacted", "compile_seconds"]
     keys = dict.fromkeys(key for key in first if any(key in row for row in rows))
     keys |= dict.fromkeys(key for row in rows for key in row if key not in counts)
