@@ -60,6 +60,6 @@ def main(arguments: list[str]) -> None:
             assert done.plan
             print(
                 f"{config.shapes}, {len(sites)} sites of rank {config.rank}: {done.params_before:,} to {done.params:,} "
-                f"parameters in {seconds:.1f} s, {done.plan.seconds:.2f} s of it the program; {100 * done.energy:.1f} % of the energy kept, "
-                f"ranks {min(done.ranks.values())} to {max(done.ranks.values())}"
+                f"parameters in {seconds:.1f} s, {done.plan.seconds:.2f} s of it the program; {100 * done.energy:.1f} % of the "
+                f"energy kept, ranks {min(done.ranks.values())} to {max(done.ranks.values())}"
             )
