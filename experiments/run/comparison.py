@@ -358,7 +358,7 @@ def plot_events(jumps: Jumps, path: Path) -> None:
                 axes.plot(steps, before, marker, ms=3.5, mfc="white", mec=colour, ls="none")
                 axes.plot(steps, after, marker, ms=4.5, color=colour, ls=":", lw=0.7)
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("loss of the scoring batches: open before the event, filled after")
+        axes.set_ylabel("loss: open before the event, filled after")
         axes.set_title(task)
         axes.grid(alpha=0.25)
     known = [
