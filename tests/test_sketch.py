@@ -38,9 +38,9 @@ class Odd(nn.Module):
         shared = nn.Dense(8, name="shared")
         x = x + jnp.tanh(shared(jnp.tanh(shared(x))))
         x = nn.Conv(6, (3,), name="conv")(x)
-        return nn.MultiHeadDotProductAttention(2, qkv_features=4, name="attention")(x, x) + nn.Embed(3, 6, name="embed")(
-            (x[..., 0] > 0).astype(int)
-        )
+        return nn.MultiHeadDotProductAttention(2, qkv_features=4, name="attention")(x, x) + nn.Embed(
+            3, 6, name="embed"
+        )((x[..., 0] > 0).astype(int))
 
 
 def world(form):
@@ -62,10 +62,18 @@ def world(form):
 @functools.cache
 def case(form, function):
     apply, forward, params, sites, batches = world(form)
-    return jp.attach_function(apply) if function else forward, params, sites, batches, dense(apply, params, sites, batches)
+    return (
+        jp.attach_function(apply) if function else forward,
+        params,
+        sites,
+        batches,
+        dense(apply, params, sites, batches),
+    )
 
 
-every = pytest.mark.parametrize("form, function", [*((f, False) for f in (*FORMS, "odd")), ("scan", True), ("odd", True)])
+every = pytest.mark.parametrize(
+    "form, function", [*((f, False) for f in (*FORMS, "odd")), ("scan", True), ("odd", True)]
+)
 
 
 @every

@@ -5,8 +5,8 @@
     energy:     gain(l, r) = sum_{j <= r} s_j^2
 
 with s the singular values of the gradient of the loss with respect to the kernel, falling. M_l, its effective rank, is n where n
-directions share the energy equally. Eq. 2 is linear up to rank 16 at any real width, so its plans are all or nothing; the other two
-bend where the gradient does. `energy` is how much of a step of gradient descent on the kernels a plan can follow.
+directions share the energy equally. Eq. 2 is linear up to rank 16 at any real width, so its plans are all or nothing; the other
+two bend where the gradient does. `energy` is how much of a step of gradient descent on the kernels a plan can follow.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def oplora(
 
 
 def _captured(plan: Plan, spectra: Mapping[str, np.ndarray], most: int) -> str:
-    """Say how much of the gradients' energy a plan captures, and how much uniform ranks within its budget, up to `most`, would."""
+    """Say what a plan captures of the gradients' energy, and what the largest uniform rank does, `most` or what the budget allows."""
     if not spectra:
         return ""
     share = lambda ranks: f"{100 * captured_energy(ranks, spectra):.1f} %"  # noqa: E731
@@ -144,4 +144,6 @@ def _step(lora: Lora, gradient: LowRank, rate: float) -> Lora:
     length = 1 / math.sqrt(3)  # of a column that init_lora draws
     a = length * gradient.u[:, :number]
     b = -rate / (lora.scale * length) * gradient.s[:number, None] * gradient.vt[:number]
-    return dataclasses.replace(lora, a=lora.a.at[:, :number].set(jnp.float32(a)), b=lora.b.at[:number].set(jnp.float32(b)))
+    return dataclasses.replace(
+        lora, a=lora.a.at[:, :number].set(jnp.float32(a)), b=lora.b.at[:number].set(jnp.float32(b))
+    )

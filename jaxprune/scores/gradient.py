@@ -104,8 +104,9 @@ def batches_for(what: str, batches: Iterable[Any]) -> Iterator[Any]:
     """Go through batches once; none is a UsageError that says what needs one."""
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
         raise UsageError(f"batches {shown(batches)} cannot be used: expected a list of batches")
-    number = 0
-    for number, batch in enumerate(batches, 1):
+    empty = True
+    for batch in batches:
+        empty = False
         yield batch
-    if not number:
+    if empty:
         raise UsageError(f"{what} needs at least one batch and got none")

@@ -5,8 +5,8 @@ the backward pass keeps
 
     Y = G Omega = x^T (delta Omega),    Z = Psi^T G = (x Psi)^T delta
 
-for random Omega (d_out, k) and Psi (d_in, 3 k) with orthonormal columns. Both are linear in G, so sums over the uses of a kernel and
-over batches are exact. Afterwards, on the host and in float64,
+for random Omega (d_out, k) and Psi (d_in, 3 k) with orthonormal columns. Both are linear in G, so sums over the uses of a kernel
+and over batches are exact. Afterwards, on the host and in float64,
 
     G ~ Q (Psi^T Q)^+ Z,    Q an orthonormal basis of Y,
 
@@ -150,7 +150,7 @@ class SketchTap:
 
 
 def draw(key: Array, site: Site, columns: int = COLUMNS) -> Drawn:
-    """Draw the random matrices of a site, from its path: orthonormal columns, k = min(columns, d_in, d_out) and l = min(3 k, d_in)."""
+    """Draw a site's own random matrices, of orthonormal columns, with k = min(columns, d_in, d_out) and l = min(3 k, d_in)."""
     few = min(columns, site.d_in, site.d_out)
     shapes = (site.d_out, few), (site.d_in, min(3 * few, site.d_in))
     keys = jax.random.split(key_for(key, site.path))
@@ -166,17 +166,16 @@ def sketch_gradients(
 ) -> dict[str, Sketch]:
     """Return the sketch of every site's gradient, averaged over batches, as `gradient_svd` takes them."""
     loss = loss_of(forward, loss_fn)
-    zeros = {path: Sketch(*map(jnp.zeros, d.shapes)) for path, d in drawn.items()}
 
     @jax.jit
     def measure(total, drawn, params, batch):
         taps = lambda taus: {path: SketchTap(tau, drawn[path]) for path, tau in taus.items()}  # noqa: E731
-        new = jax.grad(lambda taus: loss(taps(taus), params, batch))(zeros)
+        new = jax.grad(lambda taus: loss(taps(taus), params, batch))(jax.tree.map(jnp.zeros_like, total))
         return jax.tree.map(jnp.add, total, new)
 
-    total, number = zeros, 0
-    for number, batch in enumerate(batches_for("a sketch of gradients", batches), 1):
-        total = measure(total, drawn, params, batch)
+    total, number = {path: Sketch(*map(jnp.zeros, d.shapes)) for path, d in drawn.items()}, 0
+    for batch in batches_for("a sketch of gradients", batches):
+        total, number = measure(total, drawn, params, batch), number + 1
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) / number, total)
 
 
@@ -201,7 +200,9 @@ def gradient_svd(
     sketches = sketch_gradients(forward, loss_fn, params, drawn, batches)
     broken = [path for path, sketch in sketches.items() if not all(np.isfinite(part).all() for part in sketch)]
     if broken:
-        raise UsageError(f"the gradient is not finite at {some(broken)}; check the loss of the batches it is taken from")
+        raise UsageError(
+            f"the gradient is not finite at {some(broken)}; check the loss of the batches it is taken from"
+        )
     return {path: low_rank(sketch, drawn[path]) for path, sketch in sketches.items()}
 
 
@@ -218,8 +219,7 @@ def gradient_spectra(
     """Estimate the largest singular values of every site's gradient, in one jitted backward pass a batch.
 
     G is the gradient of the mean loss with respect to the site's kernel, averaged over batches, each of which counts alike. The
-    estimate is from a sketch of G, see `jaxprune.scores.sketch` for its error; exact where G has rank `columns` or less, or d_in or
-    d_out is no larger than that.
+    estimate is from a sketch of G, see `jaxprune.scores.sketch` for its error; exact where G has rank `columns` or less.
 
     Memory: columns (d_in + 3 d_out) numbers a site. No dense gradient is formed, but for merged kernels (`attach_function`, and
     convolutions, einsums and embeddings), where each lives until it is reduced.

@@ -95,7 +95,10 @@ WRONG = {
     "a site without": (dict(gain="effective", spectra={"layer_0/q": [1.0]}), "no spectrum for layer_1/f, layer_2/q"),
     "spectra for nothing": (dict(spectra=SPECTRA), "spectra go with gain 'effective' or 'energy'"),
     "a gain misspelt": (dict(gain="enegry", spectra=SPECTRA), "gain 'enegry' is not known; .*nearest: energy"),
-    "a number": (dict(gain="energy", spectra={**SPECTRA, "layer_0/q": 3.0}), "spectrum at 'layer_0/q' is 3.0; expected a list"),
+    "a number": (
+        dict(gain="energy", spectra={**SPECTRA, "layer_0/q": 3.0}),
+        "spectrum at 'layer_0/q' is 3.0; expected a list",
+    ),
     "nothing": (dict(gain="energy", spectra={**SPECTRA, "layer_0/q": []}), "expected a list of singular values"),
     "text": (dict(gain="energy", spectra={**SPECTRA, "layer_0/q": ["a"]}), "expected a list of singular values"),
     "negative": (dict(gain="energy", spectra={**SPECTRA, "layer_0/q": [-1.0]}), "none negative, .* at layer_0/q$"),
