@@ -6,7 +6,14 @@
 
 with s the singular values of the gradient of the loss with respect to the kernel, falling. M_l, its effective rank, is n where n
 directions share the energy equally. Eq. 2 is linear up to rank 16 at any real width, so its plans are all or nothing; the other
-two bend where the gradient does. `energy` is how much of a step of gradient descent on the kernels a plan can follow.
+two bend where the gradient does. `energy` is how much of a step of gradient descent on the kernels a plan can follow. Share of it
+that plans of up to rank 16 capture, MiniLM on MRPC, of the dense gradients:
+
+| parameters of | paper | effective | energy | uniform |
+| --- | --- | --- | --- | --- |
+| uniform rank 8 | 0.812 | 0.994 | 0.996 | 0.994 |
+| uniform rank 2 | 0.644 | 0.970 | 0.986 | 0.972 |
+| uniform rank 1 | 0.526 | 0.903 | 0.965 | 0.923 |
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Every site l is scored once by the gradient of the loss with respect to its froz
 taken to gain I_l (1 - exp(-r / min(d_in, d_out))) and costs r (d_in + d_out) parameters; the ranks maximise the total gain
 within the budget, with at least one positive rank for every type of site. Sites of rank 0 get no adapter.
 
-That gain is the paper's. It is linear for all ranks that matter, and by the gradients' energy such a plan captures less than
-uniform ranks do. `gain="effective"` puts the effective rank of the site's measured gradient in place of min(d_in, d_out), and
+That gain is the paper's. It is linear for all ranks that matter, and its plans capture less of the gradients' energy than uniform
+ranks do. `gain="effective"` puts the effective rank of the site's measured gradient in place of min(d_in, d_out), and
 `gain="energy"` takes the energy of the gradient's r largest directions (`jaxprune.allocation.gain`). Both read the spectra of a
 sketch, of one more backward pass a batch; `energy` needs no scores, and its sketch is all that is measured.
 
@@ -14,8 +14,9 @@ measures no more):
 
     A = U_r / sqrt(3),    B = -init_rate sqrt(3) / s S_r V_r^T,    so that s A B = -init_rate U_r S_r V_r^T
 
-with columns of A as long as LoRA's. GoRA draws A at random and fits B to -G by least squares: then A B holds r / d_in of G's
-energy, and is scaled up by sqrt(d_in / r) to the length of the step; here it holds what the rank captures.
+with columns of A as long as LoRA's. GoRA draws A at random, fits B to -G by least squares, and scales A B, which then holds
+r / d_in of G's energy, up by sqrt(d_in / r) to the length of the step. Here it holds what the rank captures: MiniLM on MRPC,
+validation loss before training 0.701; with a rate of 0.5 and 2 it is 0.682 and 0.645, and with A at random 0.698 and 0.688.
 
 Departures from the paper: a parameter is counted once (the paper counts it twice, so its 2.5M is a budget of 1.25M),
 and scores are divided by their largest before solving, which changes no optimum and keeps solver tolerances meaningful.
@@ -50,7 +51,7 @@ Score = Annotated[str, OneOf(SCORES)]
 Ranks = Sequence[Annotated[int, Range(0, MOST_RANK)]]
 Solver = Annotated[str, OneOf(SOLVERS, fold=True)]
 Seconds = Annotated[float, Range(above=0), HostOnly()]
-INITS = ("lora", "gradient")
+INITS = ("zero", "gradient")
 
 
 @register(
@@ -67,7 +68,7 @@ def oplora(
     ranks: Ranks = range(17),
     solver: Solver = "auto",
     time_limit: Seconds = 60.0,
-    init: Annotated[str, OneOf(INITS)] = "lora",
+    init: Annotated[str, OneOf(INITS)] = "zero",
     init_rate: Positive = 0.05,
     alpha: Positive | None = None,
     dropout: Share = 0.0,
@@ -86,8 +87,8 @@ def oplora(
       ranks: candidate ranks, 0 among them.
       solver: what solves for the ranks; `auto` is the fastest that is installed.
       time_limit: seconds the solver may take; then its best plan so far is used, and said to be so.
-      init: `lora` for B = 0, or `gradient` for factors that make a step of gradient descent on the kernels, as far as their ranks
-        go.
+      init: `zero` for B = 0 as in LoRA, or `gradient` for factors that make a step of gradient descent on the kernels, as far as
+        their ranks go.
       init_rate: learning rate of that step, GoRA's gamma.
       alpha: numerator of s = alpha / r at each site; None for twice the rank, that is s = 2 everywhere.
       dropout: rate of the dropout on the adapters' inputs.
@@ -129,7 +130,7 @@ def oplora(
 
 
 def _captured(plan: Plan, spectra: Mapping[str, np.ndarray], most: int) -> str:
-    """Say what a plan captures of the gradients' energy, and what the largest uniform rank does, `most` or what the budget allows."""
+    """Say what a plan captures of the gradients' energy, and the largest uniform rank that the budget and `most` allow."""
     if not spectra:
         return ""
     share = lambda ranks: f"{100 * captured_energy(ranks, spectra):.1f} %"  # noqa: E731

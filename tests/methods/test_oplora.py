@@ -10,6 +10,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.allocation import GAINS
 from jaxprune.checkpoint import Checkpoints
+from jaxprune.methods import METHODS
 from jaxprune.scores import gradient_svd
 from jaxprune.sites import flatten, layer_of
 from tests.tower import begin, loss_fn, sites_of, tower
@@ -92,7 +93,7 @@ def test_factors_that_begin_with_a_step_of_gradient_descent(form, gain):
 def test_a_rank_beyond_the_gradients_leaves_the_rest_as_lora_draws_it():
     """A kernel of 8 by 12 has 8 directions; a rank of 10 has two components more, which begin as LoRA's do."""
     settings = dict(budget=10**4, ranks=(0, 10), solver="DP")
-    plain, begun = (begin(jp.oplora(init=init, **settings)).start.adapters for init in ("lora", "gradient"))
+    plain, begun = (begin(jp.oplora(init=init, **settings)).start.adapters for init in ("zero", "gradient"))
     assert len(plain) == 6
     for path, adapter in begun.items():
         np.testing.assert_array_equal(adapter.a[:, 8:], plain[path].a[:, 8:])
@@ -163,10 +164,16 @@ def test_wide_ranks_widen_the_sketch(monkeypatch):
     assert seen == [32, 32, 80]
 
 
+def test_dplora_hands_the_gain_on():
+    settings = {"total_steps": 24, "events": 3, "target": 0.5, **SETTINGS}
+    plans = [begin(METHODS["dplora"].make({**settings, **given})).start.plan for given in ({}, {"gain": "energy"})]
+    assert plans[1].ranks == begin(jp.oplora(gain="energy", **SETTINGS)).start.plan.ranks != plans[0].ranks
+
+
 def test_settings_out_of_range():
     for settings, said in [
         (dict(gain="enegry"), "gain 'enegry' is not known; expected one of paper, effective, energy; nearest: energy"),
-        (dict(init="gradeint"), "init 'gradeint' is not known; expected one of lora, gradient"),
+        (dict(init="gradeint"), "init 'gradeint' is not known; expected one of zero, gradient"),
         (dict(init_rate=0), "init_rate 0 is out of range"),
     ]:
         with pytest.raises(jp.UsageError, match=said):
