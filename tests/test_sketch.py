@@ -48,7 +48,7 @@ def world(form):
     if form == "odd":
         model, x = Odd(), tower()[2]
         params = jax.jit(model.init)(jax.random.key(0), x)["params"]
-        sites = jp.find_sites(params, call=lambda params: model.apply({"params": params}, x))
+        sites = jp.find_sites(params, ".*", call=lambda params: model.apply({"params": params}, x))
         assert {site.type for site in sites} == {"shared", "conv", "query", "key", "value", "out", "embed"}
     else:
         model, params, x = tower(form)
