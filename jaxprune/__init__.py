@@ -60,6 +60,7 @@ from jaxprune.adapters import with_weights as with_weights
 from jaxprune.allocation import Plan as Plan
 from jaxprune.allocation import TimeModel as TimeModel
 from jaxprune.allocation import allocate as allocate
+from jaxprune.allocation import captured_energy as captured_energy
 from jaxprune.allocation import component_problem as component_problem
 from jaxprune.allocation import default_budget as default_budget
 from jaxprune.allocation import prune_problem as prune_problem
@@ -103,6 +104,7 @@ from jaxprune.peft import save_adapters as save_adapters
 from jaxprune.peft import save_peft as save_peft
 from jaxprune.runs import LoadedRun as LoadedRun
 from jaxprune.runs import load_run as load_run
+from jaxprune.scores import gradient_spectra as gradient_spectra
 from jaxprune.scores import site_scores as site_scores
 from jaxprune.sites import Site as Site
 from jaxprune.sites import find_sites as find_sites

@@ -76,6 +76,7 @@ TAKERS = {
     "merge": lambda params: jp.merge(params, ADAPTERS, MASKS),
     "init_weights": lambda params: jp.init_weights(params, "bias"),
     "to_dora": lambda params: jp.to_dora(ADAPTERS, params),
+    "gradient_spectra": lambda params: jp.gradient_spectra(FORWARD, loss_fn, params, SITES, [], key=KEY),
     "site_scores": lambda params: jp.site_scores("weight", FORWARD, loss_fn, params, SITES, []),
 }
 

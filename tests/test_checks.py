@@ -46,7 +46,8 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "uniformmask": {"ratio": SHARE, "stage": (0, 1.1), "shared": (1,)},
     "oplora": {
-        "budget": (0, -1, 1.5, "9"), "time_budget": (0, 1.1, NAN), "score": ("fisher",), "solver": ("GLPK", None),
+        "budget": (0, -1, 1.5, "9"), "time_budget": (0, 1.1, NAN), "score": ("fisher",), "gain": ("enegry", 1),
+        "init": ("ones",), "init_rate": POSITIVE, "solver": ("GLPK", None),
         "ranks": ((), (1, 2), (0, 1.5), "012", (0, 0), 3, range(10**30)), "time_limit": (0, NAN, INF, "1"),
     },
     "dplora": {

@@ -3,6 +3,7 @@
 from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import FLOPS, MEASURED, Clock, TimeModel, make_clock, step_time
 from jaxprune.allocation.dynamic import knapsack
+from jaxprune.allocation.gain import GAINS, captured_energy
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
 from jaxprune.allocation.pruning import component_problem, prune_problem
 from jaxprune.allocation.result import Plan, uniform_plan
@@ -10,6 +11,7 @@ from jaxprune.allocation.solving import SOLVERS, allocate, solve
 
 __all__ = [
     "FLOPS",
+    "GAINS",
     "MEASURED",
     "SOLVERS",
     "Clock",
@@ -18,6 +20,7 @@ __all__ = [
     "Relaxed",
     "TimeModel",
     "allocate",
+    "captured_energy",
     "component_problem",
     "default_budget",
     "knapsack",

@@ -15,8 +15,10 @@ from typing import SupportsFloat
 import numpy as np
 
 from jaxprune.allocation.clock import Clock
+from jaxprune.allocation.gain import GAINS, Spectra, check_spectra, gain_curve
+from jaxprune.checks import one_of
 from jaxprune.errors import UsageError
-from jaxprune.inputs import check_budget, check_importances, check_ranks, check_sites, some
+from jaxprune.inputs import check_budget, check_importances, check_ranks, check_sites, per_site, some
 from jaxprune.sites import Site
 
 
@@ -182,39 +184,52 @@ class Problem:
 
 
 def rank_problem(
-    scores: Mapping[str, SupportsFloat] | Sequence[SupportsFloat] | np.ndarray,
+    scores: Mapping[str, SupportsFloat] | Sequence[SupportsFloat] | np.ndarray | None,
     sites: Sequence[Site],
     budget: int,
     ranks: Sequence[int] = tuple(range(17)),
     *,
+    gain: str = "paper",
+    spectra: Spectra | None = None,
     clock: Clock | None = None,
 ) -> Problem:
     """Tabulate gain and cost of every rank at every site (DPLoRA, equations 2 and 4, with one count per parameter).
 
-        gain(l, r) = I_l (1 - exp(-r / min(d_in, d_out))),   cost(l, r) = r (d_in + d_out)
+        cost(l, r) = r (d_in + d_out);   gain(l, r): see `jaxprune.allocation.gain`
 
     The importances are divided by the largest: the best plan does not change, and solver tolerances stop mattering.
 
     Args:
-      scores: importance of each site, any unit: a mapping from path, or a sequence in the order of `sites`.
+      scores: importance of each site, any unit: a mapping from path, or a sequence in the order of `sites`; None where the
+        gain is `energy`, whose importance is the energy of the spectrum.
       sites: the sites to plan.
       budget: adapter parameters that may be spent.
       ranks: the ranks a site may take, 0 among them.
+      gain: `paper`, `effective` or `energy`.
+      spectra: {site path: singular values of its gradient}, for the last two.
       clock: limits the predicted step time; None for no limit.
 
     Raises:
-      UsageError: a score is missing, negative, or all of them are unusable; ranks or budget are; nothing fits.
+      UsageError: a score or a spectrum is missing, negative, or all of them are unusable; ranks or budget are; nothing fits.
 
     Returns:
       The problem; its `warnings` name the sites whose NaN or infinite importance was replaced.
     """
     sites = check_sites(sites)
     steps = check_ranks(ranks)
-    importance, scale, warnings = check_importances(scores, sites)
-    smaller = np.array([min(s.d_in, s.d_out) for s in sites], np.float64)
-    gain = importance[:, None] * -np.expm1(-steps / smaller[:, None])
+    gain = one_of("gain", gain, GAINS)
+    energies: Mapping[str, np.ndarray] = {}
+    if gain != "paper":
+        energies = check_spectra(spectra)
+        per_site(energies, sites, "spectrum")
+    elif spectra is not None:
+        raise UsageError("spectra go with gain 'effective' or 'energy'; leave them out, or say which of the two")
+    if gain == "energy":
+        scores = {s.path: energies[s.path].sum() for s in sites}
+    importance, scale, warnings = check_importances(scores, sites)  # pyright: ignore[reportArgumentType]  (None is refused)
+    curves = np.array([gain_curve(gain, s, steps, energies.get(s.path)) for s in sites])
     cost = np.array([[s.cost(int(r)) for r in steps] for s in sites])
-    return Problem(sites, steps, gain, cost, budget, clock, scale, warnings)
+    return Problem(sites, steps, importance[:, None] * curves, cost, budget, clock, scale, warnings)
 
 
 def default_budget(sites: Sequence[Site]) -> int:

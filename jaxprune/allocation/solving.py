@@ -12,6 +12,7 @@ import numpy as np
 from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import TimeModel, make_clock
 from jaxprune.allocation.dynamic import knapsack
+from jaxprune.allocation.gain import Spectra
 from jaxprune.allocation.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
 from jaxprune.allocation.result import Plan, time_line
@@ -28,11 +29,13 @@ AUTO = ("CBC", "HIGHS", "GLPK_MI")
 
 
 def allocate(
-    scores: Mapping[str, SupportsFloat] | Sequence[SupportsFloat] | np.ndarray,
+    scores: Mapping[str, SupportsFloat] | Sequence[SupportsFloat] | np.ndarray | None,
     sites: Sequence[Site],
     budget: int | None = None,
     *,
     ranks: Sequence[int] = tuple(range(17)),
+    gain: str = "paper",
+    spectra: Spectra | None = None,
     time_budget: float | None = None,
     time_model: TimeModel | None = None,
     solver: str = "auto",
@@ -43,8 +46,9 @@ def allocate(
         max sum_l I_l (1 - exp(-r_l / min(d_in, d_out)))   s.t.   sum_l r_l (d_in + d_out) <= budget,
         and some r_l > 0 for each site type
 
-    The gain is almost linear in the rank, so the best plan is nearly all-or-nothing: expect the largest rank at some
-    sites, 0 at others and few in between.
+    This gain is almost linear in the rank, so the best plan is nearly all-or-nothing: expect the largest rank at some
+    sites, 0 at others and few in between. With the spectra of the gradients, `gain` takes a measured one in its place
+    (`jaxprune.allocation.gain`), whose plans are graded.
 
     A time budget adds   forward + sum_{k >= lowest adapted layer} back_k + own sum_l r_l (d_in + d_out) <= tau T_16
 
@@ -52,10 +56,14 @@ def allocate(
     keeps the adapters in the upper layers.
 
     Args:
-      scores: importance of each site: a mapping from path, or a sequence in the order of `sites`. Only ratios matter.
+      scores: importance of each site: a mapping from path, or a sequence in the order of `sites`. Only ratios matter. None
+        where the gain is `energy`.
       sites: the sites to plan.
       budget: adapter parameters that may be spent; half of uniform rank 16 when None.
       ranks: the ranks a site may take, 0 among them.
+      gain: `paper` for the one above, `effective` for M_l = the gradient's effective rank in place of min(d_in, d_out), or
+        `energy` for the energy of the gradient's r_l largest directions.
+      spectra: {site path: singular values}, from `gradient_spectra`; for the last two.
       time_budget: tau, the longest predicted step time relative to uniform rank 16, above 0 and at most 1; None for no
         limit. The forward pass alone takes nearly half.
       time_model: times per parameter, whole numbers; measured ones when None.
@@ -64,7 +72,7 @@ def allocate(
       time_limit: seconds; a plan not proved best by then is returned with its gap, and its status says so.
 
     Raises:
-      UsageError: scores, ranks, budgets or solver cannot be used; a budget too small names the smallest that is not.
+      UsageError: scores, spectra, ranks, budgets or solver cannot be used; a budget too small names the smallest that is not.
 
     Returns:
       The plan. Of sites that cannot be told apart (same type, gains and costs) the first by (layer, path) has the
@@ -72,7 +80,8 @@ def allocate(
     """
     sites = check_sites(sites)
     clock = None if time_budget is None else make_clock(sites, time_budget, time_model)
-    problem = rank_problem(scores, sites, default_budget(sites) if budget is None else budget, ranks, clock=clock)
+    budget = default_budget(sites) if budget is None else budget
+    problem = rank_problem(scores, sites, budget, ranks, gain=gain, spectra=spectra, clock=clock)
     return solve(problem, solver=solver, time_limit=time_limit)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,18 +65,11 @@ def site_scores(
         raise UsageError(
             f"score {shown(kind)} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(str(kind), SCORES, 1)}"
         )
-    sites, flat = check_sites(sites), flatten(params)
-    leaves = {s.path: leaf_at(flat, s.path) for s in sites}
-    if lost := [path for path, leaf in leaves.items() if leaf is None]:
-        raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
+    sites, leaves = kernels_of(params, sites)
     if kind == "weight":
-        kernels = {path: layer_of(flat[leaf], split(path)[1]) for path, leaf in leaves.items() if leaf}
+        kernels = {path: layer_of(leaf, split(path)[1]) for path, leaf in leaves.items()}
         return {path: float(jnp.mean(jnp.abs(kernel.astype(jnp.float32)))) for path, kernel in kernels.items()}
-    probes = taps(sites, _REDUCE[kind])
-
-    def loss(probes, params, batch):
-        value = loss_fn(lambda *inputs, **kw: forward(params, probes, {}, *inputs, **kw), batch, None)
-        return value[0] if isinstance(value, tuple) else value
+    probes, loss = taps(sites, _REDUCE[kind]), loss_of(forward, loss_fn)
 
     @jax.jit
     def measure(params, batch):
@@ -84,10 +77,36 @@ def site_scores(
         measured = jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, batch)) if per_sample else one(batch)
         return {path: tap.read().mean() for path, tap in measured.items()}
 
+    table = jax.device_get([measure(params, batch) for batch in batches_for(f"score {kind!r}", batches)])
+    return {site.path: float(np.mean([row[site.path] for row in table], dtype=np.float64)) for site in sites}
+
+
+def kernels_of(params: Mapping[str, Any], sites: Sequence[Site]) -> tuple[tuple[Site, ...], dict[str, Any]]:
+    """Return the sites, checked, and the leaf of each by its path; a site without one is a UsageError."""
+    sites, flat = check_sites(sites), flatten(params)
+    leaves = {s.path: leaf_at(flat, s.path) for s in sites}
+    if lost := [path for path, leaf in leaves.items() if leaf is None]:
+        raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
+    return sites, {path: flat[leaf] for path, leaf in leaves.items() if leaf}
+
+
+def loss_of(forward: Callable[..., Any], loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `loss(taps, params, batch)`, the loss of a model with taps, to be differentiated by them."""
+
+    def loss(taps, params, batch):
+        value = loss_fn(lambda *inputs, **kw: forward(params, taps, {}, *inputs, **kw), batch, None)
+        return value[0] if isinstance(value, tuple) else value
+
+    return loss
+
+
+def batches_for(what: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """Go through batches once; none is a UsageError that says what needs one."""
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
         raise UsageError(f"batches {shown(batches)} cannot be used: expected a list of batches")
-    measured = [measure(params, batch) for batch in batches]
-    if not measured:
-        raise UsageError(f"score {kind!r} needs at least one batch and got none")
-    table = jax.device_get(measured)
-    return {site.path: float(np.mean([row[site.path] for row in table], dtype=np.float64)) for site in sites}
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise UsageError(f"{what} needs at least one batch and got none")
