@@ -34,11 +34,11 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "loradrop": {**COMMON, "measure_at": WHOLE, "threshold": (0, 1.1, NAN), "per": ("token",)},
     "g2r2": {
         **COMMON, "interval": OPEN, "beta1": SHARE, "final": (0, -1, 1.1, NAN), "warmup": (-1, 1.5, NAN), "score": ("fast",),
-        "robust": (1, "no"), "seed": (-1, 2**32, 0.5),
+        "robust": (1, "no"), "seed": (-1, 2**32, 0.5), "unit": ("heads", None),
     },
     "prunedlora": {
         **COMMON, "interval": OPEN, "remove": OPEN, "decay": SHARE, "damping": POSITIVE, "start_step": (0, 10.5),
-        "first_order": (1, "no"), "curvature": ("hessian", 1),
+        "first_order": (1, "no"), "curvature": ("hessian", 1), "basis": ("qr", 1),
     },
     "channelmask": {
         **COMMON, "stage": (0, 1.1, NAN), "lam": NOT_NEGATIVE[:-1], "target": (0, 1, NAN), "heads": WHOLE,
@@ -52,8 +52,10 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "dplora": {
         "target": SHARE, "ema_decay": SHARE, "events": OPEN, "delay": (-1, 0.5), "recovery_steps": (-1, 0.5, 10**30),
-        "momentum": NOT_NEGATIVE, "stability": NOT_NEGATIVE, "schedule": ("sudden", None), "scaling": ("shrink", 1),
+        "momentum": NOT_NEGATIVE[:-1], "stability": NOT_NEGATIVE[:-1], "basis": ("qr", None), "loss": ("l2", 1),
+        "stop": (0, 1.1, NAN), "schedule": ("sudden", None), "scaling": ("shrink", 1),
     },
+    "squeeze": {"target": SHARE, "events": OPEN, "stop": (0, 1.1, NAN), "schedule": ("sudden",)},
     "houlsby": {"reduction": (0, 0.5, NAN), "width": (0, 1.5), "activation": ("selu",), "types": ("fc2", [], [1], 3)},
     "pfeiffer": {"reduction": (0.5,), "types": ("fc2",)},
 }  # fmt: skip

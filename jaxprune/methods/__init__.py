@@ -15,6 +15,7 @@ from jaxprune.methods import pissa as pissa
 from jaxprune.methods import prunedlora as prunedlora
 from jaxprune.methods import rslora as rslora
 from jaxprune.methods import sora as sora
+from jaxprune.methods import squeeze as squeeze
 from jaxprune.methods import vera as vera
 from jaxprune.methods import weights as weights
 from jaxprune.methods.base import Context as Context

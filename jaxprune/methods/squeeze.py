@@ -16,9 +16,8 @@ from typing import Annotated
 
 from jaxprune.checks import MOST_STEPS, Count, OneOf, Range, Share
 from jaxprune.methods.base import Method
-from jaxprune.methods.dplora import Events, dplora
+from jaxprune.methods.dplora import Events, Seconds, Solver, dplora
 from jaxprune.methods.lora import lora
-from jaxprune.methods.oplora import Seconds, Solver
 from jaxprune.methods.registry import register
 from jaxprune.schedules import BUDGETS
 

@@ -19,7 +19,7 @@ from tests.tower import begin
 
 ROOT = Path(__file__).parents[2]
 # Names of adapters, of a function of NumPy, or common words too: counted where they stand as names of methods alone.
-AMBIGUOUS = ("lora", "lorafa", "dora", "vera", "full")
+AMBIGUOUS = ("lora", "lorafa", "dora", "vera", "full", "squeeze")
 
 
 def sources() -> dict[str, str]:
