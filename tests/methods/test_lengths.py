@@ -11,7 +11,7 @@ from jaxprune.methods import METHODS
 
 FACTORIES = (
     "adalora", "bitfit", "channelmask", "dora", "dplora", "dylora", "full", "g2r2", "houlsby", "lora", "loradrop", "lorafa",
-    "oplora", "pfeiffer", "pissa", "prunedlora", "rslora", "sora", "uniformmask", "vera",
+    "oplora", "pfeiffer", "pissa", "prunedlora", "rslora", "sora", "squeeze", "uniformmask", "vera",
 )  # fmt: skip
 # What has an event: its steps in runs of 1, 2, 20, 600 and 20,000 steps, or what it says where it cannot run.
 EVENTS = {
@@ -40,6 +40,13 @@ EVENTS = {
         tuple(range(312, 9985, 312)),
     ),
     "sora": ((1,), (2,), (20,), (600,), (20_000,)),
+    "squeeze": (
+        "at most 0 events",
+        "at most 0 events",
+        tuple(2 * n for n in range(1, 7)),
+        tuple(420 * n // 11 for n in range(1, 11)),
+        tuple(14_000 * n // 11 for n in range(1, 11)),
+    ),
     "uniformmask": ((1,), (1,), (10,), (300,), (10_000,)),
 }  # fmt: skip
 
