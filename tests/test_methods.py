@@ -14,6 +14,7 @@ METHODS = {
         jp.adalora, total_steps=40, init_rank=3, target_rank=2, tinit=1, tfinal=10, alpha=60, orthogonal=0.01
     ),
     "channelmask": functools.partial(jp.channelmask, total_steps=40, rank=3, channels=("fc1",)),
+    "channelmask_paper": functools.partial(jp.channelmask, total_steps=40, rank=3, channels=("fc1",), learn="paper"),
     "dora": functools.partial(jp.dora, rank=3),
     "dora_pissa": functools.partial(jp.dora, rank=3, init="pissa"),
     "dplora": lambda: jp.dplora(jp.oplora(budget=240, ranks=range(5), solver="DP"), total_steps=24, events=3),
@@ -114,7 +115,7 @@ def test_plans_keep_their_promises(name):
         planned = start.plan.cost
     # A plan counts the factors; gates, singular values, magnitudes and unsettled channel masks come on top;
     # LoRA-FA's A is not trained.
-    on_top = ("gate", "e", "magnitude", *(("logits",) if name == "channelmask" else ()))
+    on_top = ("gate", "e", "magnitude", *(("logits",) if name == "channelmask_paper" else ()))
     extra = sum(getattr(x, leaf).size for x in start.adapters.values() for leaf in on_top if hasattr(x, leaf))
     extra -= sum(getattr(x, leaf).size for x in start.adapters.values() for leaf in getattr(x, "frozen", ()))
     assert planned + extra == jp.count(start.adapters, start.masks)
