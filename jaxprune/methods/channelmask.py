@@ -7,19 +7,19 @@ Every site gets DoRA, and every masked site a logit l for each output channel (`
 Stage 1 chooses the channels while it trains the adapters, an event at its end freezes them, and stage 2 trains A, B and the
 magnitudes on. `jaxprune.surgery.extract` then takes the masked channels out of the model.
 
-`learn="fisher"`, ours: nothing is drawn, and no logit is trained. With dL/dg_c the gradient of a microbatch's mean loss,
+`learn="fisher"`, ours: nothing is drawn, and no logit is trained. With dL/dg the gradient of a microbatch's mean loss by a gate,
 
-    F_c = average over microbatches of (dL/dg_c)^2,    F <- F + (1 - decay) / (1 - decay^t) (mean over step t's microbatches - F),
+    F <- F + (1 - decay) / (1 - decay^t) (q_t - F),    q_t = mean over the microbatches of step t of (dL/dg)^2,
 
-an average over steps without the bias of one that began at 0. F_c / 2 estimates what the loss rises by without channel c. The
-first share `measure` of stage 1 has all channels and only measures. Over half of the rest the share that stays falls from 1 to
-`target`, fast at first (cubic): after every update those of least F go, and none comes back. Then the masks stand still, so the
-event changes nothing. Channels of all layers are compared that have the same type (query, value, fc1), and `target` is met in
-every type to a channel. Heads of a layer keep equally many, since extraction gives them one width: the j-th best channels of all
-heads stay or go together, by the sum of their F.
+an average over steps without the bias of one that began at 0. Near a minimum the loss rises by about n F / 2 without the channel,
+where a microbatch has n samples. The first share `measure` of stage 1 has all channels and only measures. Over half of the rest
+the share that stays falls from 1 to `target`, fast at first (cubic): after every update those of least F go, and none comes back.
+Then the masks stand still, so the event changes nothing. Channels of all layers are compared that have the same type (query,
+value, fc1), and `target` is met in every type to a channel. Heads of a layer keep equally many, since extraction gives them one
+width: the j-th best channels of all heads stay or go together, by the sum of their F.
 
-There is nothing to learn about a gate beyond F: a trained logit moves under Adam by about the same amount whatever its gradient,
-and in a hundred steps their order had nothing to do with F.
+No logit is trained here: under Adam each moves by about as much whatever its gradient is, and after a hundred steps of `paper`
+their order had nothing to do with F.
 
 `learn="paper"`: each step draws one mask and differentiates straight through it:
 
@@ -128,7 +128,8 @@ def channelmask(
     other, foreign = ("paper", of_paper) if learn == "fisher" else ("fisher", {"measure": measure, "decay": decay})
     if given := [name for name, value in foreign.items() if value is not None]:
         raise UsageError(
-            f"{given[0]} {foreign[given[0]]} is a setting of learn={other}, and learn is {learn}; leave one out"
+            f"{given[0]} {foreign[given[0]]} is a setting of learn={other}, and learn is {learn}; give learn={other}, or leave "
+            f"{given[0]} out"
         )
     if lam is not None and target is not None:
         raise UsageError(f"target {target} and lam {lam} are two ways to prune; give one of them")
@@ -136,16 +137,10 @@ def channelmask(
         target = 0.75
     end = stage_end(total_steps, stage)
     first = SETTLED if learn == "fisher" else 3.0 if start_logit is None else start_logit
-    start = functools.partial(
-        _start,
-        channels=channels,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        heads=heads,
-        shared=shared,
-        start_logit=first,
-    )
+
+    def start(context: Context) -> Start:
+        return _start(context, channels, rank, alpha, dropout, heads, shared, first)
+
     if learn == "fisher":
         assert target is not None
         return _by_fisher(start, end, target, 1 / 3 if measure is None else measure, 0.95 if decay is None else decay)
