@@ -65,8 +65,9 @@ def test_no_op_at_the_start_then_learning_without_retracing(name, form):
     params = jp.with_weights(world.params, start.weights)
     begun = jax.jit(world.forward)(params, *world.method.seen(world.state.method_state, start.adapters, start.masks), x)
     np.testing.assert_allclose(begun, plain, rtol=1e-5, atol=1e-6)
-    # Once for the steps that measure and once for the others, where there are probes.
-    assert losses[-1] < losses[0] and len(world.traces) == (2 if world.method.probes else 1)
+    # Once for the steps that measure and once for the others, where there are both.
+    programs = 2 if world.method.probes and world.method.probes.when else 1
+    assert losses[-1] < losses[0] and len(world.traces) == programs
 
 
 @every

@@ -159,8 +159,6 @@ def _by_fisher(start: Callable[[Context], Start], end: int, target: float, measu
         return {**adapters, **{path: gate_probe(x, zeros[path]) for path, x in _masked(adapters)}}
 
     def observe(state, adapters, masks, grads, step, measured):
-        if measured is None:
-            return state
         weight = (1 - decay) / (1 - decay**step)
         return {path: known + weight * (measured[path] - known) for path, known in state.items()}
 
@@ -183,7 +181,7 @@ def _by_fisher(start: Callable[[Context], Start], end: int, target: float, measu
         init=init,
         observe=observe,
         project=project,
-        probes=Probes(lambda adapters: init(adapters, None), wrap, lambda step: step <= until),
+        probes=Probes(lambda adapters: init(adapters, None), wrap),
         decide=decide,
         events=(end,),
         removes="nothing",
