@@ -109,11 +109,11 @@ def channelmask(
       channels: `paper_like`, `useful`, or types of the sites to mask. A mask on queries stands for the query-key pairs.
       target: share of the channels that stay, of every type with `learn=fisher`; 0.75 unless `lam` is given.
       learn: `fisher`, by the Fisher information of their gates, or `paper`, by trained logits; see the top of this file.
-      measure: share of stage 1 in which `fisher` has all channels and only measures; None for a third.
-      decay: weight of earlier steps in the average of `fisher`; None for 0.95.
+      measure: share of stage 1 in which `fisher` has all channels and only measures (default a third).
+      decay: weight of earlier steps in the average of `fisher` (default 0.95).
       lam: weight of the penalty of `paper`, in place of a target.
-      start_logit: initial logit of `paper`; None for 3, which draws a 1 with probability 0.95.
-      temperatures: tau of `paper` at the first step and at the end of stage 1; None for 1.0 and 0.3.
+      start_logit: initial logit of `paper` (default 3, which draws a 1 with probability 0.95).
+      temperatures: tau of `paper` at the first step and at the end of stage 1 (default 1.0 and 0.3).
       rank: components at every site, masked or not.
       alpha: numerator of s = alpha / rank; None for s = 2.
       dropout: rate of the dropout on the adapters' inputs.
