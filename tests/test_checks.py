@@ -43,8 +43,9 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "channelmask": {
         **COMMON, "stage": (0, 1.1, NAN), "lam": NOT_NEGATIVE[:-1], "target": (0, 1, NAN), "heads": WHOLE,
         "channels": ("all", [], [1], 3), "temperatures": ((1.0,), (1.0, 0.0), 1.0, "12"), "start_logit": (NAN, 1000),
+        "learn": ("adam", None), "measure": SHARE, "decay": SHARE,
     },
-    "uniformmask": {"ratio": SHARE, "stage": (0, 1.1), "shared": (1,)},
+    "uniformmask": {"ratio": SHARE, "stage": (0, 1.1), "shared": (1,), "choose": ("best", None), "seed": (-1, 2**32, 0.5)},
     "oplora": {
         "budget": (0, -1, 1.5, "9"), "time_budget": (0, 1.1, NAN), "score": ("fisher",), "gain": ("enegry", 1),
         "init": ("ones",), "init_rate": POSITIVE, "solver": ("GLPK", None),

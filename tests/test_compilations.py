@@ -25,8 +25,9 @@ RUNS = {
     "prunedlora": functools.partial(jp.prunedlora, rank=8, target=2, interval=3, remove=1),
     "adalora": functools.partial(jp.adalora, total_steps=STEPS, init_rank=3, target_rank=2, tinit=1, tfinal=10),
     "g2r2": functools.partial(jp.g2r2, rank=3, warmup=2, progressive=20, interval=2),
+    "channelmask": functools.partial(jp.channelmask, total_steps=STEPS, channels=("fc1",), rank=2),
 }
-EVENTS = {"dplora": 10, "squeeze": 8, "prunedlora": 6, "adalora": 1, "g2r2": 4}
+EVENTS = {"dplora": 10, "squeeze": 8, "prunedlora": 6, "adalora": 1, "g2r2": 4, "channelmask": 1}
 
 
 class Compiled:

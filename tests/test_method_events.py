@@ -32,7 +32,9 @@ def run(name, form="plain"):
 
     middle, first = go(world.state, SAVED)
     end, second = go(middle, STEPS)
-    assert len(world.traces) == (2 if world.method.probes else 1), "an event had the step compiled again"
+    assert len(world.traces) == (2 if world.method.probes and world.method.probes.when else 1), (
+        "an event had the step compiled again"
+    )
     return world, go, middle, end, first + second
 
 

@@ -187,7 +187,7 @@ def test_one_row_for_all_tasks(task):
     )  # fmt: skip
     assert preset("paper", "channelmask", task) == dict(
         targets="query,value", learning_rate=0.00005, final_learning_rate=0.00001, schedule="stages", batch_size=8,
-        channels="paper_like",
+        channels="paper_like", learn="paper",
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ PRESETS = {
             schedule="stages",
             batch_size=8,
             channels="paper_like",
+            learn="paper",
         ),
     },
 }

@@ -62,13 +62,13 @@ class MaskedDora(Dora):
         """
         soft = jax.nn.sigmoid(self.logits)
         gate = self.kept().astype(jnp.float32) + (soft - jax.lax.stop_gradient(soft))
-        gate = self._grouped(gate)
+        gate = self.grouped(gate)
         gate = jnp.broadcast_to(gate, (*gate.shape[:-2], self.heads, gate.shape[-1])).reshape(self.magnitude.shape)
         return gate if mask is None else jnp.where(jnp.any(mask > 0, axis=-1, keepdims=True), gate, 1.0)
 
     def kept(self) -> Array:
         """Say where l > 0, or l is the first of the largest of its group and not GONE; shaped as the logits."""
-        logits = self._grouped(self.logits)
+        logits = self.grouped(self.logits)
         best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
         return ((logits > 0) | (best & (logits > GONE / 2))).reshape(self.logits.shape)
 
@@ -88,7 +88,8 @@ class MaskedDora(Dora):
         """Count the parameters of DoRA and every logit that is not settled."""
         return super().count(mask) + int(jnp.sum(jnp.abs(self.logits) < SETTLED / 2))
 
-    def _grouped(self, logits: Array) -> Array:
+    def grouped(self, logits: Array) -> Array:
+        """Return what is shaped as the logits with an axis more, (..., groups, channels of a group)."""
         return logits.reshape(*logits.shape[:-1], -1, self.magnitude.shape[-1] // self.heads)
 
     @staticmethod

@@ -62,18 +62,18 @@ class Probes(NamedTuple):
     """Quantities that exist only inside the forward or backward pass, and are reduced there to a number or two.
 
     A probe is a dummy zero whose gradient is the measurement (see `jaxprune.scores.tap`). On the steps that do not measure
-    nothing of it is computed.
+    nothing of it is computed, by a second program within the step's.
 
     Attributes:
       zeros: `zeros(adapters) -> pytree of zeros`, shaped as the measurements.
       wrap: `wrap(adapters, zeros) -> adapters` that compute the same and whose gradient with respect to the zeros is the
         measurement.
-      when: `when(step) -> bool`, traced: does this step measure?
+      when: `when(step) -> bool`, traced: does this step measure? None for every step, and no second program.
     """
 
     zeros: Callable[..., Any]
     wrap: Callable[..., Any]
-    when: Callable[..., Any]
+    when: Callable[..., Any] | None = None
 
 
 class Method(NamedTuple):

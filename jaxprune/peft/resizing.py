@@ -74,7 +74,7 @@ class _Module:
 
     def __init__(self, a: np.ndarray, b: np.ndarray, scale: float, magnitude: np.ndarray | None):
         a, b = a.T.astype(np.float64), b.T.astype(np.float64)
-        into, back, _ = svd_basis(a.T @ a, b @ b.T)
+        into, back = svd_basis(a.T @ a, b @ b.T)
         self.a, self.b = abs(scale) ** 0.5 * a @ into, math.copysign(abs(scale) ** 0.5, scale) * (back @ b)
         # Of the factors themselves: smaller singular values than Gram matrices tell are right too.
         sizes = np.linalg.norm(self.a, axis=0) * np.linalg.norm(self.b, axis=1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.adapters.base import Array, drop, matmul
+from jaxprune.adapters.channel import MaskedDora
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError
 from jaxprune.scores.tap import _identity
@@ -119,6 +120,25 @@ class InputProbe:
             "this score measures the adapters' inputs, and a model from attach_function has merged kernels instead; use "
             "jaxprune.attach, or a score made of gradients"
         )
+
+
+def gate_probe(adapter: MaskedDora, tau: Array) -> MaskedDora:
+    """Return an adapter that computes the same, and hands the squares of its gates' gradients, (dL/dg)^2, to `tau`.
+
+    Args:
+      adapter: with channel masks; its logits get no gradient.
+      tau: zeros shaped as the logits.
+    """
+    logits: Array = _identity(_squares, jnp.where(adapter.kept(), _NEAR, -_NEAR), tau)
+    return replace(adapter, logits=logits)
+
+
+# At a logit this close to 0 the gate is what it was, and the derivative of its sigmoid is 1/4.
+_NEAR = 1e-6
+
+
+def _squares(gradient: Array, logits: Array) -> Array:
+    return jnp.square(4.0 * gradient)
 
 
 def second_moment(x_NxI: Array, a_IxR: Array) -> Array:

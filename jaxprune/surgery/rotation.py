@@ -32,10 +32,9 @@ from jaxprune.surgery.components import Place, host, like, map_adapters, map_mom
 
 # What methods let one choose: components of the factors as they were trained, or of their product's decomposition.
 BASES = ("trained", "svd")
-# Singular values of a factor below this share of the largest are rounding errors of a Gram matrix in float32.
+# Singular values of a factor below this share of the largest are rounding errors of a Gram matrix in float32. Taken as so much,
+# they leave every component a direction to grow in.
 _ROUNDING = 1e-4
-# A component this much smaller than the first would divide by almost nothing; it keeps a direction of this size to grow in.
-_LEAST = 1e-6
 
 
 class Basis(NamedTuple):
@@ -44,12 +43,10 @@ class Basis(NamedTuple):
     Attributes:
       into: M, (r, r): A <- A M; zero where a component is dead.
       back: M^-1, (r, r): B <- M^-1 B; likewise.
-      values: |s| sigma, (r,): largest first among the live ones, 0 at the dead, which keep their places.
     """
 
     into: np.ndarray
     back: np.ndarray
-    values: np.ndarray
 
 
 def svd_bases(adapters: Adapters, masks: Masks) -> dict[str, Basis]:
@@ -77,23 +74,17 @@ def svd_bases(adapters: Adapters, masks: Masks) -> dict[str, Basis]:
         alive = np.flatnonzero(mask > 0)
         if alive.size:
             gram_a, gram_b = grams[path]
-            found[path] = _embedded(gram_a, gram_b, alive, abs(adapters[path].scale))
+            found[path] = _embedded(gram_a, gram_b, alive)
     return found
 
 
-def svd_basis(gram_a: np.ndarray, gram_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return M, M^-1 and the singular values of A B from A^T A and B B^T, each (r, r), without scale and mask.
-
-    The values are (r,), largest first.
-    """
+def svd_basis(gram_a: np.ndarray, gram_b: np.ndarray) -> Basis:
+    """Return M and M^-1 from A^T A and B B^T, each (r, r), of components that are all live; the largest comes first."""
     if not (np.trace(gram_a) > 0 and np.trace(gram_b) > 0):  # a fresh adapter adds nothing in any basis
-        return np.eye(len(gram_a)), np.eye(len(gram_a)), np.zeros(len(gram_a))
+        return Basis(np.eye(len(gram_a)), np.eye(len(gram_a)))
     (width_a, axes_a), (width_b, axes_b) = _root(gram_a), _root(gram_b)
     u, sigma, _ = np.linalg.svd((width_a[:, None] * axes_a.T) @ (axes_b * width_b))
-    size = np.sqrt(np.maximum(sigma, _LEAST * sigma[0]))
-    into = (axes_a / width_a) @ u * size
-    back = (u.T * width_a) @ axes_a.T / size[:, None]
-    return into, back, sigma
+    return Basis((axes_a / width_a) @ u * np.sqrt(sigma), (u.T * width_a) @ axes_a.T / np.sqrt(sigma)[:, None])
 
 
 def rotate(
@@ -180,12 +171,10 @@ def _root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(np.maximum(squares, _ROUNDING**2 * squares[-1])), axes
 
 
-def _embedded(gram_a: np.ndarray, gram_b: np.ndarray, alive: np.ndarray, scale: float) -> Basis:
-    """Put the basis of the live components among the dead."""
-    block = np.ix_(alive, alive)
-    into, back, sigma = svd_basis(gram_a[block], gram_b[block])
-    whole = Basis(np.zeros(gram_a.shape), np.zeros(gram_a.shape), np.zeros(len(gram_a)))
-    whole.into[block], whole.back[block], whole.values[alive] = into, back, scale * sigma
+def _embedded(gram_a: np.ndarray, gram_b: np.ndarray, alive: np.ndarray) -> Basis:
+    """Put the basis of the live components among the dead, which keep their places."""
+    block, whole = np.ix_(alive, alive), Basis(np.zeros(gram_a.shape), np.zeros(gram_a.shape))
+    whole.into[block], whole.back[block] = svd_basis(gram_a[block], gram_b[block])
     return whole
 
 

@@ -196,15 +196,14 @@ def make_step(
 
     def step(params, state: TrainState, batch):
         key = jax.random.fold_in(state.key, state.step)
-        if method and method.probes:
-            zeros = method.probes.zeros(state.adapters)
-            value, grads, of_weights, method_state = jax.lax.cond(
-                method.probes.when(state.step + 1),
-                lambda: observed(state, params, batch, key, zeros),
-                lambda: observed(state, params, batch, key, None),
-            )
+        probes = method.probes if method else None
+        zeros = probes.zeros(state.adapters) if probes else None
+        measuring, plain = (functools.partial(observed, state, params, batch, key, given) for given in (zeros, None))
+        if probes and probes.when:
+            found = jax.lax.cond(probes.when(state.step + 1), measuring, plain)
         else:
-            value, grads, of_weights, method_state = observed(state, params, batch, key, None)
+            found = measuring()
+        value, grads, of_weights, method_state = found
         chain, every = tailored(optimizer, state.trained), joined(grads, of_weights)
         updates, opt_state = chain.update(every, state.opt_state, state.trained)
         updated: Any = optax.apply_updates(state.trained, updates)

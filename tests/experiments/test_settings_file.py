@@ -20,7 +20,7 @@ COMMANDS = (
     "--method lora --rank 4 --task rte --seed 7 --no-train-head --targets query,value --warmup 0.1 --dtype bfloat16",
     "--method dplora --preset paper --task mrpc --data-dir some/where --save-steps 9 --tensorboard --budget-schedule early "
     "--prune-ratio 0.7 --ranks 0 1 4 --per-sample --solver dp",
-    "--method channelmask --temperatures 1 0.5 --channels query value --no-shared",
+    "--method channelmask --learn paper --temperatures 1 0.5 --channels query value --no-shared",
     "--method g2r2 --preset paper --task sst2 --set score=tangent combine=none --learning-rate 1e-5 --g2r2-warmup 3 --warmup 2",
     "--method lora --task rte --model no --targets re:^a:\\s#b$ --max-steps 1000000000000000000000000000000",
 )

@@ -1,6 +1,7 @@
-"""Channel masks: the straight-through gradient, the temperature, what is counted, when it freezes, and the control."""
+"""Channel masks: Fisher information and whom it keeps, the paper's logits, what is counted, when it freezes, the controls."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 import jaxprune as jp
 from jaxprune.adapters import MaskedDora, mask_channels, settle, to_dora
 from jaxprune.adapters.channel import SETTLED
-from jaxprune.methods.channelmask import density, density_shift, draw, largest, temperature
-from tests.tower import sites_of, tower
+from jaxprune.methods.channelmask import density, density_shift, draw, largest, most_informed, temperature
+from tests.tower import begin, sites_of, tower
 
 
 def masked(logits, heads=1, d_in=5):
@@ -35,6 +36,175 @@ def started(method, form="plain"):
 
 def loss_fn(apply, batch, key):
     return jnp.mean(jnp.square(apply(batch["x"]) - 1.0))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_fisher_is_the_average_of_squared_gate_gradients_of_microbatches(accumulate, shared):
+    """Against central differences of the loss by gates, in float64; the optimizer stands still."""
+    sizes = {"value": (5, 6), "fc1": (6, 4)}
+    rng = np.random.default_rng(4)
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(size=size), jnp.float32), "bias": jnp.asarray(rng.normal(size=size[1]))}
+        for name, size in sizes.items()
+    }
+    sites = [jp.Site(name, *size, layer, name) for layer, (name, size) in enumerate(sizes.items())]
+
+    def forward(params, adapters, masks, x):
+        for name in sizes:
+            y = adapters[name].linear(x, params[name]["kernel"], masks[name], None) + params[name]["bias"]
+            x = jnp.tanh(adapters[name].finish(y, masks[name]))
+        return x
+
+    method = jp.channelmask(
+        total_steps=20, stage=1.0, channels=tuple(sizes), rank=2, decay=0.8, measure=0.5, heads=3, shared=shared
+    )
+    context = jp.Context(jax.random.key(0), params, sites, forward, loss_fn)
+    start, optimizer = method.start(context), optax.sgd(0.0)
+    adapters = {
+        path: dataclasses.replace(
+            x, b=jnp.asarray(rng.normal(size=x.b.shape), jnp.float32), magnitude=1.5 * x.magnitude
+        )
+        for path, x in start.adapters.items()
+    }
+    state = jp.init_state(jax.random.key(1), adapters, start.masks, optimizer, method)
+    step = jp.make_step(forward, loss_fn, optimizer, method, accumulate=accumulate, donate=False)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, adapters))
+
+    def exact_loss(gates, x):
+        for name in sizes:
+            kernel, bias, adapter = wide[0][name]["kernel"], wide[0][name]["bias"], wide[1][name]
+            v = kernel + adapter.scale * adapter.a @ adapter.b
+            gate = np.tile(gates[name], bias.size // gates[name].size)
+            x = np.tanh(gate * (x @ (v / np.linalg.norm(v, axis=0)) * adapter.magnitude + bias))
+        return np.mean((x - 1) ** 2)
+
+    def slope(name, channel, x):
+        gates = [{path: np.ones(leaf.logits.shape) for path, leaf in wide[1].items()} for _ in range(2)]
+        gates[0][name][channel], gates[1][name][channel] = 1 + 1e-5, 1 - 1e-5
+        return (exact_loss(gates[0], x) - exact_loss(gates[1], x)) / 2e-5
+
+    squares = {name: [] for name in sizes}
+    for _ in range(4):
+        x = rng.normal(size=(accumulate, 7, 5)).astype(np.float32)
+        state, _ = step(params, state, {"x": x if accumulate > 1 else x[0]})
+        for name, adapter in adapters.items():
+            each = [[slope(name, c, part) ** 2 for c in range(adapter.logits.size)] for part in x.astype(np.float64)]
+            squares[name].append(np.mean(each, 0))
+    weights = 0.8 ** np.arange(3, -1, -1)
+    for name in sizes:
+        want = np.average(squares[name], axis=0, weights=weights)
+        assert want.size == adapters[name].logits.size == {"value": 2 if shared else 6, "fc1": 4}[name]
+        np.testing.assert_allclose(state.method_state[name], want, rtol=1e-3, atol=1e-9)
+
+
+def test_no_other_choice_of_equal_heads_has_more_information():
+    """Two values of three heads, two MLPs and one query, against every choice there is; what is off stays off."""
+    rng = np.random.default_rng(2)
+    shapes = {"a/value": (6, 3), "b/value": (9, 3), "a/fc1": (3, 1), "b/fc1": (5, 1), "b/query": (4, 2)}
+    adapters, fisher = {}, {}
+    for path, (channels, heads) in shapes.items():
+        adapters[path] = dataclasses.replace(masked(np.full(channels, SETTLED), heads)[0], heads=heads)
+        fisher[path] = jnp.asarray(rng.exponential(size=channels), jnp.float32)
+    for share in (0.9, 0.6, 0.4, 0.2, 0.01):
+        got = most_informed(adapters, fisher, share)
+        for kind in ("value", "fc1", "query"):
+            paths = [path for path in shapes if path.endswith(kind)]
+            on = {path: np.asarray(adapters[path].kept()) for path in paths}
+            heads = shapes[paths[0]][1]
+            units = sum(shapes[path][0] for path in paths) // heads
+            stay = max(len(paths), round(share * units))
+            best, most = None, -1.0
+            for widths in itertools.product(*(range(1, shapes[path][0] // heads + 1) for path in paths)):
+                if sum(widths) != stay:
+                    continue
+                for choice in itertools.product(
+                    *(equal(shapes[p], width, on[p]) for p, width in zip(paths, widths, strict=True))
+                ):
+                    worth = sum(float(fisher[path][mask].sum()) for path, mask in zip(paths, choice, strict=True))
+                    best, most = (choice, worth) if worth > most else (best, most)
+            np.testing.assert_array_equal(np.concatenate([got[path] for path in paths]), np.concatenate(best))
+        adapters = {path: settle(x, got[path]) for path, x in adapters.items()}
+        fisher = {path: fisher[path] * jnp.asarray(rng.exponential(size=shapes[path][0])) for path in shapes}
+
+
+def equal(shape, width, on):
+    """Every mask that keeps `width` of the channels that are on in each head."""
+    channels, heads = shape
+    size = channels // heads
+    each = [
+        [
+            head
+            for head in itertools.product((False, True), repeat=size)
+            if sum(head) == width and (on[at : at + size] | ~np.array(head)).all()
+        ]
+        for at in range(0, channels, size)
+    ]
+    return [np.concatenate(mask) for mask in itertools.product(*each)]
+
+
+def test_channels_go_slowly_for_good_and_the_event_changes_nothing():
+    """Thirty steps of stage 1: ten measure, ten prune by the cubic schedule, and in ten the masks stand still."""
+    method = jp.channelmask(total_steps=40, stage=0.75, channels=("fc1", "fc2"), rank=2, target=0.6)
+    world = begin(method, "scan")
+    state, paths = world.state, {kind: [f"layers/{kind}[{i}]" for i in range(3)] for kind in ("fc1", "fc2")}
+    predict = jp.make_predict(world.forward, lambda apply, batch: apply(batch["x"]))
+    before = {kind: np.ones((3, size), bool) for kind, size in (("fc1", 12), ("fc2", 8))}
+    for number in range(1, 41):
+        state, _ = world.step(world.params, state, world.batch)
+        outputs = predict(world.params, state.adapters, state.masks, world.batch)
+        pruned, decision = jp.prune(state, method, world.optimizer, world.context)
+        assert bool(decision) == (number == 30)
+        if decision:
+            assert decision.report["channels"] == {"fc1": {"kept": 22, "of": 36}, "fc2": {"kept": 14, "of": 24}}
+            np.testing.assert_array_equal(predict(world.params, pruned.adapters, pruned.masks, world.batch), outputs)
+            jax.tree.map(np.testing.assert_array_equal, pruned.adapters, state.adapters)
+            state = pruned
+        share = 0.6 + 0.4 * (1 - min(max(number - 10, 0), 10) / 10) ** 3
+        for kind, own in paths.items():
+            kept = np.stack([np.asarray(state.adapters[path].channels(None)) > 0 for path in own])
+            assert kept.sum() == round(share * kept.size) and kept.any(-1).all() and not (kept & ~before[kind]).any()
+            before[kind] = kept
+    # One target for all layers of a type, not one for each.
+    assert len(set(before["fc1"].sum(-1))) > 1
+
+
+def test_what_the_loss_does_not_read_goes():
+    params = {"fc1": {"kernel": jnp.eye(8), "bias": jnp.ones(8)}}
+    useful = jnp.array([1.0, 0, 1, 0, 1, 1, 0, 1])
+
+    def forward(params, adapters, masks, x):
+        y = adapters["fc1"].linear(x, params["fc1"]["kernel"], masks["fc1"], None)
+        return adapters["fc1"].finish(y + params["fc1"]["bias"], masks["fc1"])
+
+    reads = lambda apply, batch, key: jnp.mean(useful * jnp.square(apply(batch["x"]) - batch["x"]))  # noqa: E731
+    method = jp.channelmask(total_steps=20, channels=("fc1",), rank=1, target=5 / 8)
+    context = jp.Context(jax.random.key(0), params, [jp.Site("fc1", 8, 8, 0, "fc1")], forward, reads)
+    start, optimizer = method.start(context), optax.adam(0.01)
+    state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method)
+    step = jp.make_step(forward, reads, optimizer, method, donate=False)
+    for _ in range(10):
+        state, _ = step(params, state, {"x": jax.random.normal(jax.random.key(2), (16, 8))})
+    np.testing.assert_array_equal(state.adapters["fc1"].channels(None), useful)
+
+
+@pytest.mark.parametrize("learn", ["fisher", "paper"])
+@pytest.mark.parametrize("saved", [5, 12])
+def test_a_run_goes_on_where_it_was_saved(learn, saved, tmp_path):
+    method = jp.channelmask(total_steps=24, channels=("fc1",), rank=2, learn=learn)
+    world = begin(method)
+
+    def train(state, steps):
+        for _ in range(steps):
+            state, _ = world.step(world.params, state, world.batch)
+            state, _ = jp.prune(state, method, world.optimizer, world.context)
+        return state
+
+    half = train(world.state, saved)
+    with jp.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(half)
+    again = train(jp.Checkpoints(tmp_path).restore(world.optimizer, method), 24 - saved)
+    jax.tree.map(np.testing.assert_array_equal, again[:5], train(half, 24 - saved)[:5])
 
 
 def test_straight_through_gradient_is_that_of_the_tempered_sigmoid():
@@ -152,7 +322,9 @@ def test_a_target_is_met_by_the_channels_that_the_loss_can_do_without():
 
     # What is of use should be 1 more than it is; the rest should be 0.
     loss_fn = lambda apply, batch, key: jnp.mean(jnp.square(apply(batch["x"]) - useful * (batch["x"] + 1)))  # noqa: E731
-    method = jp.channelmask(total_steps=80, stage=0.5, channels=("fc1",), rank=1, target=5 / 8, start_logit=2.0)
+    method = jp.channelmask(
+        total_steps=80, stage=0.5, channels=("fc1",), rank=1, target=5 / 8, learn="paper", start_logit=2.0
+    )
     context = jp.Context(jax.random.key(0), params, sites, forward, loss_fn)
     start, optimizer = method.start(context), optax.adam(0.05)
     state = jp.init_state(jax.random.key(1), start.adapters, start.masks, optimizer, method)
@@ -176,12 +348,12 @@ def test_as_many_parameters_as_the_paper(layers, parameters):
     kernel = np.zeros((768, 768), np.float32)
     params = {f"layer_{i}": {name: {"kernel": kernel} for name in ("query", "value")} for i in range(layers)}
     context = jp.Context(jax.random.key(0), params, jp.find_sites(params), lambda *a: None, loss_fn)
-    start = jp.channelmask(total_steps=10, channels="paper_like", heads=12).start(context)
+    start = jp.channelmask(total_steps=10, channels="paper_like", heads=12, learn="paper").start(context)
     assert jp.count(start.adapters, start.masks) == parameters
 
 
 def test_stage_one_learns_masks_and_stage_two_keeps_them():
-    method = jp.channelmask(total_steps=16, channels=("fc1",), rank=2, lam=3.0, start_logit=0.5)
+    method = jp.channelmask(total_steps=16, channels=("fc1",), rank=2, learn="paper", lam=3.0, start_logit=0.5)
     context, start, batch = started(method, "scan")
     optimizer = optax.adamw(0.03, weight_decay=0.1)
     state = jp.init_state(jax.random.key(0), start.adapters, start.masks, optimizer, method)
@@ -227,20 +399,44 @@ def test_uniform_control_prunes_the_smallest_magnitudes_of_every_head():
     assert jp.count(start.adapters, start.masks) == jp.count(jp.dora(rank=2).start(context).adapters, start.masks)
 
 
+def test_random_control_is_drawn_from_the_seeds():
+    def kept(path="layer_1/fc1", key=3, **settings):
+        method = jp.uniformmask(total_steps=4, channels=("fc1",), rank=2, ratio=0.5, **settings)
+        context, start, _ = started(method)
+        _, decision = method.decide((), start.adapters, {}, 2, context._replace(key=jax.random.key(key)))
+        gates = {path: np.asarray(x.channels(None)) for path, x in decision.adapters.items()}
+        assert all(gate.sum() == 6 for gate in gates.values())
+        return gates[path]
+
+    drawn = kept(choose="random")
+    np.testing.assert_array_equal(drawn, kept(choose="random"))
+    others = (kept(), kept(choose="random", seed=1), kept(choose="random", key=4), kept("layer_2/fc1", choose="random"))
+    assert all((drawn != other).any() for other in others)
+
+
 def test_wrong_settings_say_what_to_do():
     context, _, _ = started(jp.lora(rank=1))
     with pytest.raises(jp.UsageError, match="no site of type 'fc9' to mask; nearest types: fc"):
         jp.channelmask(total_steps=4, channels=("fc9",)).start(context)
     for settings, message in (
         *(({name: value}, "out of range") for name, value in (("stage", 0.0), ("lam", -1.0), ("target", 1.0))),
+        *(({name: 1.0}, "out of range") for name in ("measure", "decay")),
         ({"temperatures": (1.0, 0.0)}, "out of range"),
         ({"channels": "usefull"}, "'usefull' is not known; expected one of paper_like, useful"),
-        ({"lam": 1.0, "target": 0.5}, "two ways to prune; give one"),
-        ({"start_logit": 0.0}, "target 0.75 is above the share that start_logit 0.0 begins with, 0.500"),
+        ({"learn": "Fisher"}, "'Fisher' is not known; expected one of fisher, paper"),
+        ({"lam": 1.0, "target": 0.5, "learn": "paper"}, "two ways to prune; give one"),
+        ({"lam": 1.0}, "lam 1.0 is a setting of learn=paper, and learn is fisher"),
+        ({"learn": "paper", "decay": 0.5}, "decay 0.5 is a setting of learn=fisher, and learn is paper"),
+        (
+            {"learn": "paper", "start_logit": 0.0},
+            "target 0.75 is above the share that start_logit 0.0 begins with, 0.500",
+        ),
     ):
         with pytest.raises(jp.UsageError, match=message):
             jp.channelmask(total_steps=4, **settings)
     with pytest.raises(jp.UsageError, match="ratio 1.0 is out of range"):
         jp.uniformmask(total_steps=4, ratio=1.0)
+    with pytest.raises(jp.UsageError, match="'largest' is not known; expected one of magnitude, random"):
+        jp.uniformmask(total_steps=4, choose="largest")
     with pytest.raises(jp.UsageError, match="do not divide into heads=5"):
         mask_channels(masked([1.0, 2.0, 3.0])[0], heads=5)
