@@ -46,19 +46,33 @@ def knapsack(problem: Problem, deadline: float = np.inf) -> np.ndarray | None:
     return best
 
 
-def _stage(problem: Problem, deadline: float) -> np.ndarray | None:
-    """Solve one problem without a clock; sites that may only take rank 0 are left at it."""
+def table_bytes(problem: Problem) -> int:
+    """Return the bytes of the largest table that `knapsack` needs for a problem."""
+    return max(_table(stage)[-1] for stage in problem.stages)
+
+
+def _table(problem: Problem) -> tuple[np.ndarray, int, int, int]:
+    """Return the costs above the cheapest rank in units, the unit, the budget in units, and the bytes of the table."""
     allowed = np.isfinite(problem.value)
     cheapest = np.where(allowed, problem.cost, np.iinfo(np.int64).max).min(axis=1)
     above = np.where(allowed, problem.cost - cheapest[:, None], 0)
     unit = int(np.gcd.reduce(above, axis=None)) or 1
     weight = above // unit
-    most = weight.max(axis=1)
-    width = min((problem.budget - sum(cheapest.tolist())) // unit, sum(most.tolist()))
-    index = np.uint8 if len(problem.ranks) <= 256 else np.uint16
+    width = min((problem.budget - sum(cheapest.tolist())) // unit, sum(weight.max(axis=1).tolist()))
+    rows = sum(map(len, problem.types.values()))
+    return weight, unit, width, rows * (width + 1) * (1 + np.dtype(_index(problem)).itemsize)
+
+
+def _index(problem: Problem) -> type[np.unsignedinteger]:
+    return np.uint8 if len(problem.ranks) <= 256 else np.uint16
+
+
+def _stage(problem: Problem, deadline: float) -> np.ndarray | None:
+    """Solve one problem without a clock; sites that may only take rank 0 are left at it."""
+    weight, unit, width, size = _table(problem)
+    allowed, most, index = np.isfinite(problem.value), weight.max(axis=1), _index(problem)
     types = list(problem.types.values())
     order = np.concatenate(types)
-    size = len(order) * (width + 1) * (1 + np.dtype(index).itemsize)
     if size > MAX_BYTES:
         raise UsageError(
             f"the knapsack table takes {size:,} bytes ({len(order)} sites by {width + 1:,} budget steps of {unit} "

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.allocation.bound import Relaxed, relax
 from jaxprune.allocation.clock import TimeModel, make_clock
-from jaxprune.allocation.dynamic import knapsack
+from jaxprune.allocation.dynamic import MAX_BYTES, knapsack, table_bytes
 from jaxprune.allocation.gain import Spectra
 from jaxprune.allocation.milp import PACKAGES, Answer, installed, milp
 from jaxprune.allocation.problem import Problem, default_budget, rank_problem
@@ -26,6 +26,8 @@ SOLVERS = ("auto", *PACKAGES, KNAPSACK)
 # cores, median (mean) seconds at 72 and at 224 sites: CBC 0.020 (0.023), 0.039 (0.132); HIGHS 0.027 (0.034), 0.109
 # (0.185); GLPK_MI 0.016 (0.145), 0.031 (0.217), but it left 4 of 400 unproved after 10 s, the other two none.
 AUTO = ("CBC", "HIGHS", "GLPK_MI")
+# Seconds that the first has before the dynamic programme takes over, which needs a few tenths.
+_PATIENCE = 2.0
 
 
 def allocate(
@@ -68,7 +70,8 @@ def allocate(
         limit. The forward pass alone takes nearly half.
       time_model: times per parameter, whole numbers; measured ones when None.
       solver: `"CBC"`, `"GLPK_MI"` or `"HIGHS"`, mixed-integer solvers through CVXPY; `"DP"`, the dynamic
-        programme; or `"auto"`, the first installed of the mixed-integer solvers, fastest first.
+        programme; or `"auto"`, the first installed of the mixed-integer solvers, fastest first, and the dynamic programme
+        where many ranks stay open after the bound or the solver takes long.
       time_limit: seconds; a plan not proved best by then is returned with its gap, and its status says so.
 
     Raises:
@@ -95,9 +98,13 @@ def solve(problem: Problem, *, solver: str = "auto", time_limit: float = 60.0) -
     names, notes = _candidates(solver)
     start = time.perf_counter()
     relaxed = relax(problem)
+    if str(solver).lower() == "auto" and table_bytes(problem) <= MAX_BYTES // 4:
+        # Where components have values of their own, hundreds of ranks are nearly as good as each other: a tree search stalls.
+        names.insert(int(relaxed.open.sum() <= 2 * len(problem.sites) + 100), KNAPSACK)
     while True:
         name = names.pop(0)
-        answer = _run(problem, relaxed, name, start + time_limit)
+        patience = min(time_limit, _PATIENCE) if names[:1] == [KNAPSACK] else time_limit
+        answer = _run(problem, relaxed, name, start + patience)
         spent = time.perf_counter() - start
         if answer.proved or not names or spent >= 0.95 * time_limit:
             break

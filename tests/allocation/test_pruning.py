@@ -132,6 +132,17 @@ def test_components_of_one_site_may_be_worth_more_than_another_site():
     assert list(solve(prune_problem([7.3, 5.2], sites, [4, 4], 16 * 4)).ranks.values()) == [4, 0]
 
 
+def test_auto_does_not_stall_where_hundreds_of_ranks_are_nearly_as_good():
+    """Components of random factors, on which a tree search takes minutes: `auto` proves the optimum all the same."""
+    rng, sites = np.random.default_rng(0), llama_3_8b()
+    values = {s.path: np.sort(1 + 0.1 * rng.random(16)) for s in sites}
+    budget = sum(s.cost(16) for s in sites) * 6 // 10
+    plan = solve(component_problem(values, sites, budget))
+    assert plan.solver == "DP" and plan.gap == 0 and "DP, chosen by auto," in plan.status
+    few = solve(prune_problem([1.0, 2.0], sites_of("qq"), [2, 2], 48))
+    assert few.solver != "DP" and few.gap == 0
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_components_without_a_usable_value_are_one_line(value):
     with pytest.raises(UsageError, match=r"^the components of layer_1/k have values that are negative or not finite$"):
