@@ -276,6 +276,7 @@ def test_methods_have_names_of_their_own():
     names = {kind: make().name for kind, make in METHODS.items()}
     assert names.pop("dora") == "dora+lora" and names.pop("dora_pissa") == "dora+pissa"
     assert names.pop("pissa_niter") == "pissa"
+    assert (names.pop("oplora_energy"), names.pop("channelmask_paper")) == ("oplora", "channelmask")
     assert all(name == kind for kind, name in names.items())
     assert jp.with_dora(jp.Method(jp.lora().start)).name == ""
 

@@ -241,7 +241,7 @@ def prunedlora(
         bases = {path: bases[path] for path in cut if path in bases}
         new = {path: sites[path] if path in bases else known for path, known in state.sites.items()}
         masked = {path: chosen.mask for path, chosen in cut.items()}
-        return state._replace(sites=new), Decision(masked, adjusted, bases, report=report)
+        return state._replace(sites=new), Decision(masked, adjusted, bases=bases, report=report)
 
     def compact(state: PrunedLoraState, kept: dict[str, np.ndarray]) -> PrunedLoraState:
         left = {path: known for path, known in state.sites.items() if kept[path].shape[-1]}

@@ -26,17 +26,17 @@ class Decision(NamedTuple):
     Attributes:
       masks: {site path: mask} of the sites that lose components; a component once dead never comes back.
       adapters: {site path: adapter} whose surviving values were compensated for what goes; usually none.
-      bases: {site path: basis} that sites are brought into first, with their moments; masks and adapters are of the new basis.
       scales: {site path: factor} on the adapter's `scale`, for methods whose paper rescales. `scale` is part of the compiled
         program, so this costs a compilation.
       report: what a run should say of the event: `solver`, `status`, `gap`, `seconds`, ...
+      bases: {site path: basis} that sites are brought into first, with their moments; masks and adapters are of the new basis.
     """
 
     masks: Mapping[str, Any]
     adapters: Adapters = _NOTHING
-    bases: Mapping[str, Basis] = _NOTHING
     scales: Mapping[str, float] = _NOTHING
     report: Mapping[str, Any] = _NOTHING
+    bases: Mapping[str, Basis] = _NOTHING
 
     __repr__ = fields_line
 

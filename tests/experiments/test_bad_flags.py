@@ -96,7 +96,7 @@ TEXTS = {
     "a setting of others": (["--method", "lora", "--interval", "3"],
                             r"--interval is no setting of lora; nearest of its own: .*; adalora, g2r2, prunedlora have it"),
     "a setting of another": (["--method", "full", "--prune-ratio=0.5"],
-                             r"--prune-ratio is no setting of full; it has none; dplora has it"),
+                             r"--prune-ratio is no setting of full; it has none; dplora, squeeze have it"),
     "a switch of another": (["--no-robust"], r"--robust is no setting of oplora; .*; g2r2 has it"),
     "a flag and the same set": (["--rank", "3", "--set", "rank=4"], r"--set rank and its own flag are both given"),
     "unknown task": (["--task", "mrcp"], r"mrcp.*mrpc"),
