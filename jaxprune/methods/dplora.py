@@ -218,10 +218,14 @@ def dplora(
             jnp.int32(event),
             state.start,
         )
-        bases = svd_bases(adapters, masks) if basis == "svd" else {}
-        rotated = rotate_adapters(bases, adapters)
-        sizes = {path: abs(rotated[path].scale) * np.asarray(norm) for path, norm in component_norms(rotated).items()}
+        if loss == "fisher":
+            _check_samples(context)
         try:
+            bases = svd_bases(adapters, masks) if basis == "svd" else {}
+            rotated = rotate_adapters(bases, adapters)
+            sizes = {
+                path: abs(rotated[path].scale) * np.asarray(norm) for path, norm in component_norms(rotated).items()
+            }
             if loss == "importance":
                 worth = {site.path: float(merged[site.path]) for site in sites}
                 ranks = range(max(current.values()) + 1)
@@ -306,13 +310,17 @@ def gradient_importance(grads: Adapters, masks: Masks, norm: str = "rms") -> dic
     return found
 
 
-def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, kind: str) -> dict[str, np.ndarray]:
-    """Average what single samples say, in training mode: eq. 6, as the released code does, or squared gradients of `gates`."""
+def _check_samples(context: Context) -> None:
     if not context.samples:
         raise UsageError(
             "what single samples say is measured on the context's samples, and it has none; give samples, or another importance "
             "or loss"
         )
+
+
+def _on_samples(context: Context, adapters: Adapters, masks: Masks, step: int, kind: str) -> dict[str, np.ndarray]:
+    """Average what single samples say, in training mode: eq. 6, as the released code does, or squared gradients of `gates`."""
+    _check_samples(context)
     measure, key = _measure(context.forward, context.loss_fn, kind), jax.random.fold_in(context.key, step)
     found = [
         jax.device_get(measure(dict(adapters), dict(masks), context.params, part, jax.random.fold_in(key, number)))

@@ -57,7 +57,7 @@ def svd_bases(adapters: Adapters, masks: Masks) -> dict[str, Basis]:
       masks: {site path: (r,)}.
 
     Raises:
-      UsageError: an adapter is of another kind, whose components have a basis of their own.
+      UsageError: an adapter is of another kind, whose components have a basis of their own, or is not finite.
 
     Returns:
       {site path: basis}, where at least one component is live.
@@ -74,6 +74,8 @@ def svd_bases(adapters: Adapters, masks: Masks) -> dict[str, Basis]:
         alive = np.flatnonzero(mask > 0)
         if alive.size:
             gram_a, gram_b = grams[path]
+            if not (np.isfinite(gram_a).all() and np.isfinite(gram_b).all()):
+                raise UsageError(f"the adapter at {shown(path)} is not finite, so it has no singular values")
             found[path] = _embedded(gram_a, gram_b, alive)
     return found
 

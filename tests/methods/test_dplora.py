@@ -1,5 +1,6 @@
 """DPLoRA's decisions against the paper's equations in float64."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -305,6 +306,18 @@ def test_fisher_information_of_gates_is_that_of_single_samples_in_the_new_basis(
     for path, mask in decision.masks.items():
         if 0 < mask.sum() < len(mask):
             assert values[path][mask > 0].min() >= values[path][mask == 0].max()
+
+
+def test_an_event_without_samples_or_with_broken_adapters_says_so():
+    context = world()[3]._replace(samples=())
+    with pytest.raises(jp.UsageError, match="measured on the context's samples, and it has none"):
+        jp.prune(_initial()._replace(step=jnp.int32(6)), dplora(loss="fisher"), optax.adamw(1e-2), context)
+    state = _initial()._replace(step=jnp.int32(6))
+    path, broken = next(iter(state.adapters.items()))
+    adapters = {**state.adapters, path: dataclasses.replace(broken, b=jnp.full_like(broken.b, jnp.nan))}
+    method = dplora(basis="svd", loss="components")
+    _, decision = jp.prune(state._replace(adapters=adapters), method, optax.adamw(1e-2), context)
+    assert decision.masks == {} and f"the adapter at {path!r} is not finite" in decision.report["status"]
 
 
 def test_momentum_and_stability_are_the_papers_only_where_importance_is():
