@@ -194,7 +194,7 @@ def _with_default(text: str, default: Any) -> str:
     """Put the default in brackets; where it is none, what the text says of None."""
     text = text.rstrip(".")
     if default is None:
-        return re.sub(r"[;.] None for ([^.;]+)", r" [\1]", text)
+        return re.sub(r"[;.] None for ((?:[^.;]|\.\d)+)", r" [\1]", text)
     if isinstance(default, bool):
         default = "on" if default else "off"
     elif isinstance(default, range):

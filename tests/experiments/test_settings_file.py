@@ -10,7 +10,7 @@ from experiments.run.comparison import CompareConfig
 from experiments.run.config import RunConfig
 from experiments.run.fields import COMMON
 from experiments.run.flags import parse_run
-from experiments.run.settings import flags
+from experiments.run.settings import _with_default, flags
 from experiments.run.settings_file import written
 from jaxprune.errors import UsageError
 from tests.experiments.refusals import assert_refused
@@ -98,3 +98,15 @@ def test_the_file_is_yaml_for_others_too(tmp_path):
     given = RunConfig.of(method="dora", set=("a=1",), targets="re:x#y", init="pissa", lora_dropout=0.1)
     said = {"method": "dora", "set": ["a=1"], "targets": "re:x#y", "init": "pissa", "dropout": 0.1}
     assert yaml.safe_load(written(given, given)) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a price; None for 0.1, or 0 where there is none", "a price [0.1, or 0 where there is none]"),
+        ("a price. None for 0.5 / steps. It falls", "a price [0.5 / steps]. It falls"),
+    ],
+)
+def test_help_says_what_none_stands_for(text, said):
+    """A number has a point in it that ends no sentence."""
+    assert _with_default(text, None) == said
