@@ -139,6 +139,7 @@ def test_auto_does_not_stall_where_hundreds_of_ranks_are_nearly_as_good():
     budget = sum(s.cost(16) for s in sites) * 6 // 10
     plan = solve(component_problem(values, sites, budget))
     assert plan.solver == "DP" and plan.gap == 0 and "DP, chosen by auto," in plan.status
+    assert "CBC" not in plan.status  # nor is one tried first
     few = solve(prune_problem([1.0, 2.0], sites_of("qq"), [2, 2], 48))
     assert few.solver != "DP" and few.gap == 0
 

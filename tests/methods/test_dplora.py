@@ -334,6 +334,19 @@ def test_momentum_and_stability_are_the_papers_only_where_importance_is():
     assert plain == zero != dear
 
 
+def test_squeeze_loses_the_least_from_a_uniform_rank():
+    world_ = begin(jp.squeeze(jp.lora(rank=4), total_steps=24, events=3, target=0.7))
+    state = world_.state
+    for _ in range(world_.method.events[0]):
+        state, _ = world_.step(world_.params, state, world_.batch)
+    after, decision = jp.prune(state, world_.method, world_.optimizer, world_.context)
+    assert decision and set(decision.bases) == set(decision.masks)
+    lost = sum(
+        np.square(sigma[live(after.masks)[path] :]).sum() for path, sigma in tails(state.adapters, state.masks).items()
+    )
+    assert decision.report["objective"] == pytest.approx(lost, rel=1e-3)
+
+
 def test_events_lie_in_the_share_of_the_run_that_stop_names():
     assert dplora(total_steps=100, events=3, stop=0.4).events == (10, 20, 30)
     assert max(jp.squeeze(total_steps=100).events) < 70 < max(jp.dplora(total_steps=100).events)
