@@ -28,7 +28,6 @@ from jaxprune.files import checked_path, new_folder
 from jaxprune.inputs import real, whole
 from jaxprune.peft.load import Setting, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS
-from jaxprune.reprs import one_line
 from jaxprune.sites import Site, expression, site_at
 from jaxprune.surgery.rotation import svd_basis
 
@@ -61,7 +60,11 @@ class Resized:
     sites: tuple[Site, ...]
     plan: Plan | None
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return (
+            f"Resized({self.params_before:,} to {self.params:,} parameters at {len(self.ranks)} modules, ranks up to "
+            f"{max(self.ranks.values())}, {100 * self.energy:.1f} % of the energy kept)"
+        )
 
     @property
     def vllm_rank(self) -> int | None:
