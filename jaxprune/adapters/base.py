@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.sites import Index, leaf_at, stacked_axes
@@ -167,6 +168,11 @@ def check_mappings(adapters: Any, masks: Any) -> None:
 def matmul(x_NxI: Array, kernel_IxO: Array) -> Array:
     """Multiply flattened tokens by a kernel in the dtype of `x`."""
     return jnp.dot(x_NxI, kernel_IxO.astype(x_NxI.dtype))
+
+
+def base(x_NxI: Array, kernel_IxO: Array) -> Array:
+    """Return `matmul` of a frozen kernel, under the name by which rematerialisation may keep it."""
+    return checkpoint_name(matmul(x_NxI, kernel_IxO), "base")
 
 
 def drop(x_NxI: Array, rate: float, key: Array | None) -> Array:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, drop, matmul
+from jaxprune.adapters.base import Array, base, drop, matmul
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError
 from jaxprune.sites import flatten, layer_of, leaf_at
@@ -46,7 +46,7 @@ class Dora(Lora):
         Without dropout that is g (x V). Dropout leaves x W alone and thins the change, as PEFT does, which costs a
         second product with W.
         """
-        base_NxO = matmul(x_NxI, kernel_IxO)
+        base_NxO = base(x_NxI, kernel_IxO)
         dropped_NxI = drop(x_NxI, self.dropout, key)
         changed_NxO = base_NxO if dropped_NxI is x_NxI else matmul(dropped_NxI, kernel_IxO)
         gain = self.gain(kernel_IxO.astype(jnp.float32) + self.delta(mask), mask)
