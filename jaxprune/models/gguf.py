@@ -250,6 +250,10 @@ def _config(metadata: Mapping[str, Any], arrays: Mapping[str, _Array]) -> tuple[
     if kind not in ("llama", "qwen2"):
         raise UsageError(f"has the architecture {shown(kind)}; expected llama or qwen2")
 
+    parts = whole("split.count", metadata.get("split.count", 1), Range(0))
+    if parts > 1:
+        raise UsageError(f"is one of {parts} parts; join them: llama-gguf-split --merge FIRST WHOLE")
+
     def count(key: str, default: Any = None) -> int:
         return whole(f"{kind}.{key}", _given(metadata, f"{kind}.{key}", default), Range(1))
 
