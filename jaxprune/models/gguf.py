@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.checks import Range, number, whole
 from jaxprune.errors import UsageError, clipped, reason, shown
-from jaxprune.models.weights import Stored
+from jaxprune.models.weights import TYPES, Stored
 
 # Numbers in the metadata, by GGUF's type, as `struct` and NumPy both write them; beside them are texts and arrays.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -102,7 +102,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass
 class _Array:
-    """An array in the file, with the interface of a slice of safetensors."""
+    """An array in the file, with the interface of a slice of safetensors; what is quantised is read as F32."""
 
     kind: Any
     shape: tuple[int, ...]
@@ -113,7 +113,7 @@ class _Array:
         return self.shape
 
     def get_dtype(self) -> str:
-        return self.kind.name
+        return self.kind.name if self.kind.name in TYPES else "F32"
 
     def __getitem__(self, index: slice) -> np.ndarray:
         from gguf.quants import dequantize

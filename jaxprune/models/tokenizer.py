@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxprune.checks import Range, whole
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models.gguf import read_metadata
 from jaxprune.models.hub import Source, resolve
@@ -202,15 +203,13 @@ def _from_folder(folder: Path) -> Tokenizer:
     except Exception as error:  # the libraries raise whatever they meet, plain Exception among it
         raise UsageError(f"the tokenizer in {folder} cannot be loaded ({reason(error)}); fetch it again") from None
     path = folder / "generation_config.json"
-    said: Any = {}
+    said: Any = None
     if path.is_file():
         try:
-            said = json.loads(path.read_text(encoding="utf-8-sig"))
-            assert isinstance(said, dict)
-        except (OSError, ValueError, RecursionError, AssertionError) as error:
+            said = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
-    ends = said.get("eos_token_id") or []
-    return _made(inner, folder, ends if isinstance(ends, list) else [ends])
+    return _made(inner, folder, said if isinstance(said, list) else [] if said is None else [said])
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -233,13 +232,8 @@ def _from_gguf(path: Path) -> Tokenizer:
 
     def named(name: str) -> str | None:
         i = said.get(f"ggml.{name}_token_id")
-        if i is None:
-            return None
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise UsageError(
-                f"{path}: tokenizer.ggml.{name}_token_id {shown(i)} is no id below {len(tokens)}; fetch it again"
-            )
-        return tokens[i]
+        key = f"{path}: tokenizer.ggml.{name}_token_id"
+        return None if i is None else tokens[whole(key, i, Range(0, len(tokens) - 1))]
 
     try:
         if kind == "gpt2":
@@ -316,10 +310,6 @@ def _made(inner: Any, origin: Path, ends: Sequence[Any]) -> Tokenizer:
     eos = inner.eos_token_id
     if eos is None:
         raise UsageError(f"the tokenizer of {origin} names no end-of-text token; expected an eos token")
-    for end in ends:
-        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < len(inner):
-            raise UsageError(
-                f"{origin} names {shown(end)} as a token that ends a text; expected an id below {len(inner)}"
-            )
+    ends = [whole(f"{origin}: a token that ends a turn,", end, Range(0, len(inner) - 1)) for end in ends]
     pad = eos if inner.pad_token_id is None else inner.pad_token_id
     return Tokenizer(inner, origin, inner.bos_token_id, eos, pad, tuple(sorted({eos, *ends})))
