@@ -432,6 +432,19 @@ def test_damaged_headers_are_one_line_or_read(tmp_path):
     assert refused > 100
 
 
+def test_arrays_that_are_there_twice_or_have_no_values(tmp_path):
+    whole = write(tmp_path / "a.gguf").read_bytes()
+    name = b"blk.0.attn_q.weight"
+    twice = whole.replace(b"blk.0.attn_k.weight", name)
+    empty = whole.replace(name + struct.pack("<IQ", 2, WIDTH), name + struct.pack("<IQ", 2, 0))
+    for content, shape in ((twice, "64, 64"), (empty, "128, 0")):
+        (tmp_path / "b.gguf").write_bytes(content)
+        with pytest.raises(
+            UsageError, match=f"'blk.0.attn_q.weight' is there twice or has shape .{shape}.; fetch it again"
+        ):
+            open_gguf(tmp_path / "b.gguf")
+
+
 def test_unknown_types_are_one_line(tmp_path):
     whole = write(tmp_path / "a.gguf").read_bytes()
     at = whole.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16

@@ -19,7 +19,8 @@ TEXTS = [
     "", " ", "  ", "a", "Hello, world!", "The capital of France is Paris.", "don't you'll I'VE we're it's", "x=3.14  # pi",
     "def f(x):\n    return x ** 2  # square\n\n\nprint(f(3))", "1234567890", "12 345 6", "a  12", "\n\n12", "½ ² ٣٤ Ⅳ",
     "日本語のテキスト", "中文 字符,标点。", "🙂👨‍👩‍👧 emoji 🇫🇷", "naïve café e\u0301", "\t\ttabs\t and \r\n lines \r\n\r\n",
-    "   lead", "trail   ", "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>", "a<|im_end|>b", "<|not special|>", "\u00a0nbsp\u2003em",
+    "   lead", "trail   ",
+    "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>", "a<|im_end|>b", "<|not special|>", "\u00a0nbsp\u2003em",
     "ＦＵＬＬ", "مرحبا بالعالم", "Привет, мир", '{"a": [1, 2, null]}', "http://example.org/?q=a+b&c=%20", "\x00\x07", "<0x0A>",
     "▁a ▁", "Ġ Ċ", "İi", "\u200d",
 ]  # fmt: skip
@@ -197,7 +198,7 @@ def sentencepiece(**more):
     said = {
         "ggml.model": "llama",
         "ggml.tokens": tokens,
-        "ggml.scores": [0.0] * 259 + [-float(s) for s in rng.integers(0, len(pieces) // 3, len(pieces))],
+        "ggml.scores": [0.0] * 259 + [-float(s) for s in rng.integers(0, 3, len(pieces))],
         "ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
         "ggml.bos_token_id": 1,
         "ggml.eos_token_id": 2,
