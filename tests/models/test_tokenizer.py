@@ -194,12 +194,15 @@ def sentencepiece(**more):
         "éxyz.,!<>|▁"
     )
     pieces = sorted(pieces, key=lambda piece: (-len(piece), piece))
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    scores = {piece: -float(score) for piece, score in zip(pieces, rng.integers(0, 3, len(pieces)), strict=True)}
+    # Of "pqrs", first pq; then pqr and rs have one score.
+    scores |= {"q": -9.0, "p": -9.0, "r": -9.0, "s": -9.0, "rs": -5.0, "pq": -4.0, "pqr": -5.0}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *scores]
     said = {
         "ggml.model": "llama",
         "ggml.tokens": tokens,
-        "ggml.scores": [0.0] * 259 + [-float(s) for s in rng.integers(0, 3, len(pieces))],
-        "ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "ggml.scores": [0.0] * 259 + list(scores.values()),
+        "ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(scores),
         "ggml.bos_token_id": 1,
         "ggml.eos_token_id": 2,
         "ggml.unknown_token_id": 0,
@@ -218,7 +221,7 @@ def test_sentencepiece_is_that_of_transformers(more, tmp_path):
     texts = (
         strings(200)
         + ["".join(rng.choice(list("abchelowrdtn  12"), 30)) for _ in range(200)]
-        + ["abababc</s> the<s>hello"]
+        + ["abababc</s> the<s>hello", "pqrs", "spqrsrs"]
     )
     assert mine.encode_batch(texts) == theirs(texts)["input_ids"]
     assert mine.encode_batch(texts, special=False) == theirs(texts, add_special_tokens=False)["input_ids"]
@@ -248,6 +251,7 @@ def test_what_is_saved_loads_in_transformers(small, tmp_path):
         == small.chat(messages)
         == "<|im_start|><|im_start|>user\nhi 12<|im_end|>\n<|im_start|>assistant\n"
     )
+    assert small.chat(messages, answer=False) == "<|im_start|><|im_start|>user\nhi 12<|im_end|>\n"
     assert (theirs.bos_token_id, theirs.eos_token_id) == (again.bos, again.eos) == (1, 2)
 
 
