@@ -11,9 +11,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ from jaxprune.files import checked_path, new_folder
 from jaxprune.models.convert import EMBEDDING, LINEAR, Leaf, refuse
 from jaxprune.models.decoder import Decoder
 from jaxprune.models.decoder_config import DecoderConfig
-from jaxprune.models.hub import resolve
+from jaxprune.models.gguf import open_gguf
+from jaxprune.models.hub import Source, resolve
 from jaxprune.models.weights import INDEX, SINGLE, TYPES, Stored, open_weights
-from jaxprune.sites import flatten, unflatten, ungrouped
+from jaxprune.sites import Site, find_sites, flatten, unflatten, ungrouped
 
 SCALE = (Leaf("scale", ("weight",)),)
 
@@ -59,17 +60,31 @@ class PretrainedDecoder:
       model: the Linen module.
       params: its parameters, nested dict of arrays: kernels in the configuration's dtype, norms in float32.
       config: its configuration.
-      folder: where the files lie (the tokenizer's too).
-      origin: "folder", "cache", "package" or "hub".
+      source: where the files lie, the tokenizer's too.
       ignored: arrays of the checkpoint that the model has no use for.
     """
 
     model: Decoder
     params: dict[str, Any]
     config: DecoderConfig
-    folder: Path
-    origin: str
+    source: Source
     ignored: tuple[str, ...]
+    initialised: ClassVar[tuple[str, ...]] = ()
+    notes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Return where the files lie."""
+        return self.source.folder
+
+    @property
+    def origin(self) -> str:
+        """Return "folder", "cache", "package" or "hub"."""
+        return self.source.origin
+
+    def sites(self, targets: str | Sequence[str] = "all-linear") -> tuple[Site, ...]:
+        """Find the sites that `targets` selects."""
+        return find_sites(self.params, targets, scan_axis=0)
 
     @property
     def torch_paths(self) -> dict[str, str]:
@@ -87,7 +102,7 @@ def load_decoder(
     """Load a Llama, Mistral or Qwen2 checkpoint.
 
     Args:
-      name_or_path: a folder with config.json and safetensors, or a hub id.
+      name_or_path: a folder with config.json and safetensors, a GGUF file or a folder with one, or a hub id.
       dtype: type of kernels and computation.
       revision: branch, tag or commit on the hub.
       settings: further fields of `DecoderConfig` that are no matter of the checkpoint: `groups`, `remat`, `attention`, chunks.
@@ -97,11 +112,14 @@ def load_decoder(
     """
     source = resolve(name_or_path, revision)
     DecoderConfig(dtype=dtype, **{**settings, "groups": ()})  # refuses the caller's own before a file is blamed
-    config = _read_config(source.folder, dtype=dtype, **settings)
-    stored = open_weights(source.folder)
-    arrays, ignored = _chosen(stored, config, str(source.folder))
+    given, stored, origin = _opened(source)
+    try:
+        config = DecoderConfig.from_hf(given, dtype=dtype, **settings)
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error}") from None
+    arrays, ignored = _chosen(stored, config, str(source.gguf or source.folder))
     params = unflatten({path: _read(path, parts, config) for path, parts in arrays.items()})
-    return PretrainedDecoder(Decoder(config), params, config, source.folder, source.origin, ignored)
+    return PretrainedDecoder(Decoder(config), params, config, source, ignored)
 
 
 def init_decoder(config: DecoderConfig, seed: int = 0) -> tuple[Decoder, dict[str, Any]]:
@@ -305,17 +323,18 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
     return shards
 
 
-def _read_config(folder: Path, **ours: Any) -> DecoderConfig:
-    path = folder / "config.json"
+def _opened(source: Source) -> tuple[dict[str, Any], Mapping[str, Stored], Path]:
+    """Return configuration and arrays of a checkpoint, and the file that has the configuration."""
+    if source.gguf is not None:
+        config, weights = open_gguf(source.gguf)
+        return config, weights, source.gguf
+    path = source.folder / "config.json"
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UsageError(f"{folder} has no config.json; expected the folder of a Hugging Face model") from None
+        raise UsageError(f"{source.folder} has no config.json; expected the folder of a Hugging Face model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
     if not isinstance(given, dict):
         raise UsageError(f"{path} is not a JSON object but {shown(given)}; fetch it again")
-    try:
-        return DecoderConfig.from_hf(given, **ours)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+    return given, open_weights(source.folder), path

@@ -125,7 +125,7 @@ def test_scored_positions_and_targets(tmp_path):
 
 
 def adapted(loaded, layers):
-    sites = jp.find_sites(loaded.params, scan_axis=0)
+    sites = loaded.sites()
     adapters, masks = jp.init_lora(jax.random.key(0), sites, {s.path: 2 for s in sites if s.layer in layers})
     keys = jax.random.split(jax.random.key(1), len(adapters))
     filled = {
@@ -149,7 +149,7 @@ def test_stacks_are_storage_alone(groups, tmp_path):
     folder = decoders.save(tmp_path, "llama3")[0]
     whole, parts = load_decoder(folder), load_decoder(folder, groups=groups)
     sites, adapters, masks = adapted(whole, (1, 2))
-    assert jp.find_sites(parts.params, scan_axis=0) == sites
+    assert parts.sites() == sites
     assert jp.find_sites(parts.params, call=lambda p: parts.model.apply({"params": p}, jnp.asarray(IDS))) == sites
     assert [s.path for s in sites if s.layer == 2][:2] == ["layers/attention/q_proj[2]", "layers/attention/k_proj[2]"]
     moved, config = regroup(whole.params, whole.config, groups)

@@ -18,7 +18,7 @@ IDS = np.random.RandomState(1).randint(3, 83, (2, 11))
 def trained(request, tmp_path):
     """A decoder with adapters of several ranks, some components masked, one layer without any."""
     loaded = load_decoder(decoders.save(tmp_path / "base", request.param)[0], groups=(1, 2))
-    sites = jp.find_sites(loaded.params, scan_axis=0)
+    sites = loaded.sites()
     ranks = {s.path: 1 + i % 4 for i, s in enumerate(sites) if s.layer != 1}
     adapters, masks = jp.init_lora(jax.random.key(0), sites, ranks)
     adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)

@@ -51,7 +51,7 @@ def test_greedy_is_the_argmax_of_whole_passes(loaded):
 
 
 def test_stacks_and_adapters(loaded):
-    sites = jp.find_sites(loaded.params, scan_axis=0)
+    sites = loaded.sites()
     adapters, masks = jp.init_lora(jax.random.key(0), sites, {s.path: 2 for s in sites})
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     settings = Settings(max_tokens=6)
