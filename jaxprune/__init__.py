@@ -32,9 +32,10 @@ The rooms, each with a docstring of its own:
     optim       what adapters ask of an Optax chain
     checkpoint  save and restore a whole state
     peft        Hugging Face PEFT folders, both ways
-    models      encoders and their checkpoints
+    models      encoders, decoders, their checkpoints and texts
     report      pictures and pages of runs
     runs        predict with what a run left
+    writing     write with a decoder and its adapters
 
 On the command line, `python -m jaxprune inspect FOLDER` says what lies in
 a folder, `merge` makes adapters and their model an ordinary checkpoint,
@@ -121,6 +122,8 @@ from jaxprune.train import make_predict as make_predict
 from jaxprune.train import make_step as make_step
 from jaxprune.train import prune as prune
 from jaxprune.train import training as training
+from jaxprune.writing import Writer as Writer
+from jaxprune.writing import load_writer as load_writer
 
 __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
     name for name, value in globals().items() if not (name.startswith("_") or isinstance(value, _ModuleType))

@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path
 from jaxprune.inputs import whole
+from jaxprune.models.generate import Settings
 from jaxprune.models.save import CONFIG, save_classifier, tokenizer_files
 from jaxprune.peft.names import CONFIG as PEFT_CONFIG
 from jaxprune.peft.own import ADAPTERS
 from jaxprune.runs import PREDICT, Reading, load_run, read_reading
 from jaxprune.sites import Site, find_sites, site_at
+from jaxprune.writing import load_writer
 
 _WIDTH = 80
 
@@ -61,7 +63,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxprune", description="Look into adapters, runs and models, and merge or resize adapters.")
+    parser = _Parser(
+        prog="jaxprune", description="Look into adapters, runs and models, merge or resize adapters, and write."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspect = commands.add_parser("inspect", help="say what lies in a folder", description=inspected.__doc__)
     inspect.add_argument("target", help="folder of an adapter, a run or a model, or the hub id of a model")
@@ -81,7 +85,51 @@ def _parser() -> argparse.ArgumentParser:
     resize.set_defaults(
         run=lambda given: resized(given.adapter, given.output, given.ratio, given.budget, given.rank_pattern)
     )
+    generate = commands.add_parser("generate", help="write with a decoder and its adapters")
+    generate.add_argument("target", help="a run, an adapter, or a model: a folder, a GGUF file or a hub id")
+    generate.add_argument("prompt", help="what to answer")
+    generate.add_argument("--input", default="", help="what the instruction is about, as Alpaca's rows have it")
+    generate.add_argument("--system", default="", help="in a chat, the message before the prompt")
+    generate.add_argument("--model", help="checkpoint that adapters belong to [what they name]")
+    generate.add_argument("--max-tokens", default="256", help="most tokens of the answer [256]")
+    generate.add_argument("--temperature", default="0", help="0 takes the likeliest token [0]")
+    generate.add_argument("--top-p", default="1", help="draw from the fewest tokens of so much probability [1]")
+    generate.add_argument("--top-k", default="0", help="draw from so many tokens, 0 for all [0]")
+    generate.add_argument("--beams", default="1", help="beginnings that a beam search keeps [1]")
+    generate.add_argument("--seed", default="0", help="of what is drawn [0]")
+    generate.set_defaults(run=lambda given: generated(**{k: v for k, v in vars(given).items() if k != "run"}))
     return parser
+
+
+def generated(
+    target: str, prompt: str, input: str = "", system: str = "", model: str | None = None, **settings: str
+) -> list[str]:
+    """Write an answer to standard output while it grows.
+
+    Args:
+      target: as for `load_writer`.
+      prompt: the instruction.
+      input: what it is about.
+      system: in a chat, the message before it.
+      model: as for `load_writer`.
+      settings: of generation, as text.
+
+    Raises:
+      UsageError: a setting is no number or out of range; otherwise as `load_writer` and `Writer.stream`.
+    """
+    numbers = {name: _setting(name, text) for name, text in settings.items()}
+    Settings(**numbers).check()
+    for piece in load_writer(target, model=model).stream(prompt, input, system, **numbers):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    return [""]
+
+
+def _setting(name: str, text: str) -> int | float:
+    try:
+        return float(text) if name in ("temperature", "top_p") else int(text)
+    except ValueError:
+        raise UsageError(f"--{name.replace('_', '-')} {shown(text)} is no number; expected one such as 1") from None
 
 
 def inspected(target: str, rank: Any = 8) -> list[str]:

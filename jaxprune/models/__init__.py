@@ -1,4 +1,4 @@
-"""Encoder classifiers in Flax Linen and their conversion from Hugging Face checkpoints.
+"""Encoder classifiers and decoders in Flax Linen, and their conversion from Hugging Face checkpoints.
 
 The models are ordinary Linen modules: they know nothing of adapters, masks or methods. `transformers` and
 `huggingface_hub` are imported when a checkpoint is looked up, never by importing this package.
@@ -6,7 +6,16 @@ The models are ordinary Linen modules: they know nothing of adapters, masks or m
 
 from jaxprune.models.config import EncoderConfig as EncoderConfig
 from jaxprune.models.convert import classifier_torch_paths as classifier_torch_paths
+from jaxprune.models.decoder import Decoder as Decoder
+from jaxprune.models.decoder_config import DecoderConfig as DecoderConfig
+from jaxprune.models.decoder_weights import PretrainedDecoder as PretrainedDecoder
+from jaxprune.models.decoder_weights import init_decoder as init_decoder
+from jaxprune.models.decoder_weights import load_decoder as load_decoder
+from jaxprune.models.decoder_weights import regroup as regroup
+from jaxprune.models.decoder_weights import save_decoder as save_decoder
 from jaxprune.models.encoder import SequenceClassifier as SequenceClassifier
+from jaxprune.models.generate import Generator as Generator
+from jaxprune.models.generate import Settings as Settings
 from jaxprune.models.gguf import Gguf as Gguf
 from jaxprune.models.gguf import open_gguf as open_gguf
 from jaxprune.models.hub import Source as Source

@@ -12,7 +12,7 @@ and the search ends where no beginning can beat the worst of K finished ones (th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -139,8 +139,7 @@ class Generator:
         settings: Settings | Sequence[Settings] = Settings(),  # noqa: B008
         *,
         batch: int = 8,
-        every: int = 16,
-        told: Callable[[Mapping[int, list[int]]], None] = lambda new: None,
+        told: Callable[[int], None] = lambda done: None,
     ) -> list[Answer]:
         """Answer every prompt.
 
@@ -148,8 +147,7 @@ class Generator:
           prompts: token ids, each with one or more.
           settings: for all prompts, or one for each; `max_tokens`, `stops` and `beams` must then be the same.
           batch: prompts that are answered together.
-          every: tokens between two calls of `told`.
-          told: called with {prompt: its new tokens} while answers grow; not in a beam search.
+          told: called with the number of prompts that are answered.
 
         Raises:
           UsageError: a prompt is empty, or is too long for the model together with its answer, or a setting is out of range.
@@ -157,30 +155,18 @@ class Generator:
         each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
         if len(each) != len(prompts):
             raise UsageError(f"{len(each)} settings for {len(prompts)} prompts; give one for each, or one for all")
-        for one in each:
-            one.check()
         if not prompts:
             return []
-        first = each[0]
-        if any((s.max_tokens, s.stops, s.beams) != (first.max_tokens, first.stops, first.beams) for s in each):
-            raise UsageError("prompts that are answered together need the same max_tokens, stops and beams")
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise UsageError(f"prompt {i} has no tokens; expected one or more")
-            if len(prompt) + first.max_tokens > self._config.max_length:
-                raise UsageError(
-                    f"prompt {i} has {len(prompt)} tokens, and with {first.max_tokens} of the answer that is more than the "
-                    f"{self._config.max_length} positions of the model; shorten it, or lower max_tokens"
-                )
+        self._check(prompts, each)
         answers: dict[int, Answer] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             # A last batch that is not full answers its first prompt several times: one program serves all.
             filled = rows + [rows[0]] * (min(batch, len(prompts)) - len(rows))
-            write = self._beam if first.beams > 1 else self._plain
-            found = write([prompts[i] for i in filled], [each[i] for i in filled], rows, every, told)
-            answers.update(zip(rows, found, strict=False))
+            write = self._beam if each[0].beams > 1 else self._plain
+            answers.update(zip(rows, write([prompts[i] for i in filled], [each[i] for i in filled]), strict=False))
+            told(len(answers))
         return [answers[i] for i in range(len(prompts))]
 
     def _start(
@@ -193,7 +179,29 @@ class Generator:
             ids[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
         return self._prefill(self._state, ids, segments, slots=length + most, copies=copies)
 
-    def _plain(self, prompts, settings, rows, every, told) -> list[Answer]:
+    def stream(self, prompt: Sequence[int], settings: Settings = Settings(), *, every: int = 8) -> Iterator[list[int]]:  # noqa: B008
+        """Answer one prompt and give its new tokens as they come; a beam search knows them at the end alone.
+
+        Args:
+          prompt: token ids, one or more.
+          settings: as for a call.
+          every: tokens that come together.
+
+        Raises:
+          UsageError: as for a call.
+        """
+        self._check([prompt], [settings])
+        if settings.beams > 1:
+            yield self([prompt], settings)[0].tokens
+            return
+        seen = 0
+        for tokens in self._growing([prompt], [settings], every):
+            now = _cut(tokens[0], settings.stops).tokens
+            yield now[seen:]
+            seen = len(now)
+
+    def _growing(self, prompts, settings, every) -> Iterator[np.ndarray]:
+        """Give the tokens of all rows so far, (B, n), every so many steps, until all rows have ended."""
         one = settings[0]
         cache, logits, position = self._start(prompts, one.max_tokens)
         drawing = any(s.temperature for s in settings)
@@ -203,18 +211,19 @@ class Generator:
             cache, logits, jnp.zeros((len(prompts), one.max_tokens), jnp.int32), jnp.zeros((), jnp.int32),
             jnp.zeros(len(prompts), bool), position,
         )  # fmt: skip
-        seen = 0
-        while seen < one.max_tokens:
-            limit = min(seen + every, one.max_tokens)
-            state = self._advance(self._state, state, jnp.asarray(limit), keys, how, stops=one.stops, drawing=drawing)
+        count = 0
+        done = np.zeros(len(prompts), bool)
+        while count < one.max_tokens and not done.all():
+            limit = jnp.asarray(min(count + every, one.max_tokens))
+            state = self._advance(self._state, state, limit, keys, how, stops=one.stops, drawing=drawing)
             tokens, count, done = jax.device_get((state.tokens, state.count, state.done))
-            told({row: _cut(tokens[i, :count], one.stops).tokens[seen:] for i, row in enumerate(rows)})
-            seen = int(count)
-            if done.all():
-                break
-        return [_cut(tokens[i, :seen], one.stops) for i in range(len(rows))]
+            yield tokens[:, :count]
 
-    def _beam(self, prompts, settings, rows, every, told) -> list[Answer]:
+    def _plain(self, prompts, settings) -> list[Answer]:
+        *_, tokens = self._growing(prompts, settings, settings[0].max_tokens)
+        return [_cut(row, settings[0].stops) for row in tokens]
+
+    def _beam(self, prompts, settings) -> list[Answer]:
         one, many = settings[0], len(prompts)
         cache, logits, position = self._start(prompts, one.max_tokens, copies=one.beams)
         shape = (many, one.beams)
@@ -227,7 +236,7 @@ class Generator:
         penalty = jnp.asarray([s.length_penalty for s in settings], jnp.float32)
         tokens, lengths = self._search(self._state, state, penalty, stops=one.stops, beams=one.beams)
         tokens, lengths = jax.device_get((tokens, lengths))
-        return [_cut(tokens[i, : lengths[i]], one.stops) for i in range(len(rows))]
+        return [_cut(row[:length], one.stops) for row, length in zip(tokens, lengths, strict=True)]
 
 
 def _cut(tokens: np.ndarray, stops: tuple[int, ...]) -> Answer:
