@@ -169,6 +169,21 @@ class Generator:
             told(len(answers))
         return [answers[i] for i in range(len(prompts))]
 
+    def _check(self, prompts: Sequence[Sequence[int]], each: Sequence[Settings]) -> None:
+        first = each[0]
+        for one in each:
+            one.check()
+        if any((s.max_tokens, s.stops, s.beams) != (first.max_tokens, first.stops, first.beams) for s in each):
+            raise UsageError("prompts that are answered together need the same max_tokens, stops and beams")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UsageError(f"prompt {i} has no tokens; expected one or more")
+            if len(prompt) + first.max_tokens > self._config.max_length:
+                raise UsageError(
+                    f"prompt {i} has {len(prompt)} tokens, and with {first.max_tokens} of the answer that is more than the "
+                    f"{self._config.max_length} positions of the model; shorten it, or lower max_tokens"
+                )
+
     def _start(
         self, prompts: Sequence[Sequence[int]], most: int, copies: int = 1
     ) -> tuple[Cache, jax.Array, jax.Array]:
