@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from jaxprune.peft.load import read_folder
 from jaxprune.peft.names import CONFIG as PEFT_CONFIG
 
 WRITING = "generate.json"
+
+# What was asked, and the answer.
+Turn = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Writing:
         """Return the content of the file."""
         return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
 
-    def ask(self, tokenizer: Tokenizer, instruction: str, given: str = "", system: str = "") -> list[int]:
+    def ask(
+        self, tokenizer: Tokenizer, instruction: str, given: str = "", system: str = "", before: Sequence[Turn] = ()
+    ) -> list[int]:
         """Return the tokens of a prompt.
 
         Args:
@@ -54,6 +60,7 @@ class Writing:
           instruction: what to do, or what to say in a chat.
           given: an input for it; in a chat it stands below the instruction.
           system: in a chat, what comes before.
+          before: earlier turns of the conversation; with a template each is its own prompt, answer and end.
 
         Raises:
           UsageError: the tokenizer has no chat template, or the form has no place for a `system`.
@@ -61,11 +68,18 @@ class Writing:
         if self.template is None:
             content = f"{instruction}\n\n{given}" if given else instruction
             messages = [{"role": "system", "content": system}] if system else []
+            for asked, answer in before:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             return tokenizer.encode(tokenizer.chat([*messages, {"role": "user", "content": content}]), special=False)
         if system:
             raise UsageError("the run's template has no place for a system message; leave it out")
         form = self.template["with_input" if given else "without_input"]
-        return tokenizer.encode(form.replace("{instruction}", instruction).replace("{input}", given))
+        ids: list[int] = []
+        for asked, answer in before:
+            ids += [*self.ask(tokenizer, asked), *tokenizer.encode(answer, special=False), tokenizer.eos]
+        # One pass, so that braces in a text mean nothing.
+        text = re.sub(r"\{(instruction|input)\}", lambda m: instruction if m[1] == "instruction" else given, form)
+        return ids + tokenizer.encode(text, special=not before)
 
 
 class Writer:
@@ -77,13 +91,14 @@ class Writer:
       adapters: what was trained, none for a model by itself.
       masks: of the adapters.
       tokenizer: the model's.
+      write: tokens in, tokens out, see `jaxprune.models.Generator`.
     """
 
     def __init__(
         self, writing: Writing, model: PretrainedDecoder, adapters: Adapters, masks: Masks, tokenizer: Tokenizer
     ) -> None:
         self.writing, self.model, self.adapters, self.masks, self.tokenizer = writing, model, adapters, masks, tokenizer
-        self._write = Generator(attach(model.model), model.config, model.params, adapters, masks)
+        self.write = Generator(attach(model.model), model.config, model.params, adapters, masks)
 
     def __repr__(self) -> str:
         return f"<Writer {self.model.folder.name} with {len(self.adapters)} adapters>"
@@ -109,13 +124,13 @@ class Writer:
                     f"prompt {i} is {shown(prompts[i])}: expected a text, or a pair of instruction and input"
                 )
         asked = [self.writing.ask(self.tokenizer, *pair) for pair in pairs]
-        return [self.tokenizer.decode(a.tokens) for a in self._write(asked, self.settings(**settings), batch=batch)]
+        return [self.tokenizer.decode(a.tokens) for a in self.write(asked, self.settings(**settings), batch=batch)]
 
     def stream(self, instruction: str, given: str = "", system: str = "", **settings: Any) -> Iterator[str]:
         """Answer one prompt piece by piece; arguments and errors as for `Writing.ask` and `generate`."""
         how = self.settings(**settings)
         text = self.tokenizer.stream()
-        for piece in self._write.stream(self.writing.ask(self.tokenizer, instruction, given, system), how):
+        for piece in self.write.stream(self.writing.ask(self.tokenizer, instruction, given, system), how):
             if new := "".join(text.add(token) for token in piece):
                 yield new
         if rest := text.end():
