@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path
 from jaxprune.inputs import whole
-from jaxprune.models.generate import Settings
+from jaxprune.models import Settings, resolve, save_decoder
 from jaxprune.models.save import CONFIG, save_classifier, tokenizer_files
 from jaxprune.peft.names import CONFIG as PEFT_CONFIG
 from jaxprune.peft.own import ADAPTERS
 from jaxprune.runs import PREDICT, Reading, load_run, read_reading
-from jaxprune.sites import Site, find_sites, site_at
-from jaxprune.writing import load_writer
+from jaxprune.sites import Site, find_sites, site_at, unflatten
+from jaxprune.writing import WRITING, load_writer
 
 _WIDTH = 80
 
@@ -117,19 +117,12 @@ def generated(
     Raises:
       UsageError: a setting is no number or out of range; otherwise as `load_writer` and `Writer.stream`.
     """
-    numbers = {name: _setting(name, text) for name, text in settings.items()}
-    Settings(**numbers).check()
+    numbers = {name: _number(text) for name, text in settings.items()}
+    Settings(**numbers).check()  # type: ignore[arg-type]
     for piece in load_writer(target, model=model).stream(prompt, input, system, **numbers):
         sys.stdout.write(piece)
         sys.stdout.flush()
     return [""]
-
-
-def _setting(name: str, text: str) -> int | float:
-    try:
-        return float(text) if name in ("temperature", "top_p") else int(text)
-    except ValueError:
-        raise UsageError(f"--{name.replace('_', '-')} {shown(text)} is no number; expected one such as 1") from None
 
 
 def inspected(target: str, rank: Any = 8) -> list[str]:
@@ -244,10 +237,15 @@ def _run(folder: Path, rank: int) -> list[str]:
 
 def _model(name: str, rank: int) -> list[str]:
     from jaxprune.models import load_classifier
+    from jaxprune.models.decoder_weights import decoder_shapes, is_decoder, read_decoder_config
 
-    # The number of classes does not matter to the sites.
-    model = load_classifier(name, num_labels=2)
-    sites, config = find_sites(model.params), model.config
+    source = resolve(name)
+    if is_decoder(source):
+        config = read_decoder_config(source)
+        sites = find_sites(unflatten(decoder_shapes(config)), scan_axis=0)
+    else:
+        model = load_classifier(name, num_labels=2)  # the number of classes does not matter to the sites
+        sites, config = find_sites(model.params), model.config
     groups: dict[tuple[str, int, int], list[Site]] = {}
     for site in sites:
         groups.setdefault((site.type, site.d_in, site.d_out), []).append(site)
@@ -262,7 +260,9 @@ def _model(name: str, rank: int) -> list[str]:
     rule = "-" * len(table[0])
     body = sum(site.d_in * site.d_out for site in sites)
     return [
-        *_facts(kind=f"{config.family} model", folder=model.folder, layers=config.num_layers, width=config.hidden_size),
+        *_facts(
+            kind=f"{config.family} model", folder=source.gguf or source.folder, layers=config.num_layers, width=config.hidden_size
+        ),
         table[0], rule, *table[1:-1], rule, table[-1], f"{body:,} parameters in the kernels of the sites",
     ]  # fmt: skip
 
@@ -320,6 +320,13 @@ def merged(adapter: str, model: str | None, output_dir: str) -> list[str]:
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"output folder {shown(output_dir)} is in use; name a new or empty one")
     tokenizer = folder if tokenizer_files(folder) else None
+    if _of_decoder(folder, model):
+        writer = load_writer(folder, model=model)
+        base, adapters = writer.model, writer.adapters
+        reading = dataclasses.replace(writer.writing, base_model=None)
+        beside = {**writer.tokenizer.files(), **({WRITING: reading.content()} if (folder / WRITING).is_file() else {})}
+        save_decoder(output, base.config, merge(base.params, adapters, writer.masks), beside=beside)
+        return _merged(adapters, folder, base.folder, output)
     labels, beside = None, {}
     if (folder / PREDICT).is_file():
         run = load_run(folder, model=model)
@@ -343,7 +350,23 @@ def merged(adapter: str, model: str | None, output_dir: str) -> list[str]:
         base = dataclasses.replace(base, params=with_weights(base.params, weights))
     params = merge(base.params, adapters, masks)
     save_classifier(output, base.config, params, tokenizer=tokenizer or base.folder, labels=labels, beside=beside)
-    return [f"merged {len(adapters)} adapters of {folder} into {base.folder}", f"written to {output}"]
+    return _merged(adapters, folder, base.folder, output)
+
+
+def _merged(adapters: Mapping[str, Any], folder: Path, base: Path, output: Path) -> list[str]:
+    return [f"merged {len(adapters)} adapters of {folder} into {base}", f"written to {output}"]
+
+
+def _of_decoder(folder: Path, model: str | None) -> bool:
+    """Say whether an adapter belongs to a decoder."""
+    from jaxprune.models.decoder_weights import is_decoder
+
+    if (folder / WRITING).is_file():
+        return True
+    if (folder / PREDICT).is_file() or not (folder / PEFT_CONFIG).is_file():
+        return False
+    named = model or _classes(folder)[1]
+    return bool(named) and is_decoder(resolve(named))
 
 
 def resized(

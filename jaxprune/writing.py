@@ -123,7 +123,7 @@ class Writer:
                 raise UsageError(
                     f"prompt {i} is {shown(prompts[i])}: expected a text, or a pair of instruction and input"
                 )
-        asked = [self.writing.ask(self.tokenizer, *pair) for pair in pairs]
+        asked = [self.writing.ask(self.tokenizer, pair[0], "".join(pair[1:])) for pair in pairs]
         return [self.tokenizer.decode(a.tokens) for a in self.write(asked, self.settings(**settings), batch=batch)]
 
     def stream(self, instruction: str, given: str = "", system: str = "", **settings: Any) -> Iterator[str]:

@@ -79,8 +79,8 @@ def _cudnn_agrees() -> bool:
         segments = (jnp.arange(CUDNN_MULTIPLE) >= 40)[None]
         mask = segments[:, :, None] == segments[:, None, :]
 
-        def loss(implementation, *qkv):
-            out = attend(*qkv, mask, chunk=CUDNN_MULTIPLE, causal=True, implementation=implementation)
+        def loss(implementation, q, k, v):
+            out = attend(q, k, v, mask, chunk=CUDNN_MULTIPLE, causal=True, implementation=implementation)
             return jnp.sum((out * weights).astype(jnp.float32))
 
         try:

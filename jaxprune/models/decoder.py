@@ -9,11 +9,13 @@ head, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxprune.errors import UsageError
@@ -52,7 +54,7 @@ class _View(NamedTuple):
     cosine: jax.Array
     sine: jax.Array
     mask: jax.Array
-    start: jax.Array | None
+    start: Any
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
@@ -110,17 +112,15 @@ class Attention(nn.Module):
         q_BxTxHxK = turn(project("q_proj", cfg.num_heads), view.cosine, view.sine)
         k_BxTxNxK = turn(project("k_proj", cfg.num_kv_heads), view.cosine, view.sine)
         v_BxTxNxK = project("v_proj", cfg.num_kv_heads)
-        if cache is None:
-            implementation, held = choose(cfg.attention, cfg.dtype, length), (k_BxTxNxK, v_BxTxNxK)
-        else:
-            implementation = "xla"
-            held = cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new, view.start, axis=1)
-                for old, new in zip(cache, (k_BxTxNxK, v_BxTxNxK), strict=True)
-            )
+        keys, values = k_BxTxNxK, v_BxTxNxK
+        if cache is not None:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=view.start, axis=1)
+            keys, values = cache = put(cache[0], keys), put(cache[1], values)
+        implementation = choose(cfg.attention, cfg.dtype, length) if cache is None else "xla"
         out = attend(
-            q_BxTxHxK, *held, view.mask, chunk=cfg.query_chunk, causal=cache is None, implementation=implementation
-        )
+            q_BxTxHxK, keys, values, view.mask,
+            chunk=cfg.query_chunk, causal=cache is None, implementation=implementation,
+        )  # fmt: skip
         out = out.reshape(rows, length, cfg.num_heads * cfg.head_dim)
         return _dense(cfg, cfg.hidden_size, "o_proj", cfg.output_bias)(out), cache
 
@@ -145,7 +145,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD, view: _View, cache):
-        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "hidden"))
+        x_BxTxD = with_logical_constraint(x_BxTxD, ("batch", "length", "hidden"))
         attended, cache = Attention(self.config, name="attention")(
             Norm(self.config, name="attention_norm")(x_BxTxD), view, cache
         )
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
             cfg.vocab_size, cfg.hidden_size, dtype=cfg.dtype, param_dtype=cfg.dtype,
             embedding_init=nn.initializers.normal(cfg.initializer_range), name="embed",
         )  # fmt: skip
-        x_BxTxD = nn.with_logical_constraint(table(input_ids_BxT), ("batch", "length", "hidden"))
+        x_BxTxD = with_logical_constraint(table(input_ids_BxT), ("batch", "length", "hidden"))
         grown = []
         for i, (name, count) in enumerate(cfg.stacks.items()):
             held = None if cache is None else (cache.keys[i], cache.values[i])
@@ -231,14 +231,9 @@ def _stack(config: DecoderConfig, name: str, count: int) -> Any:
     layer = Layer
     if config.remat != "none":
         layer = nn.remat(Layer, policy=_POLICIES[config.remat], prevent_cse=False)
-    scanned = nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0),
-        length=count,
-    )
-    return scanned(config, name=name)
+    axes: Any = (nn.broadcast, 0)
+    split = {"params": True, "dropout": True}
+    return nn.scan(layer, {"params": 0}, split_rngs=split, in_axes=axes, length=count)(config, name=name)
 
 
 def _mask(config: DecoderConfig, segment_ids: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:

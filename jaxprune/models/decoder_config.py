@@ -178,7 +178,7 @@ class DecoderConfig:
         Raises:
           UsageError: another model_type, a variant that this decoder does not compute, or a field that is missing or wrong.
         """
-        family = config.get("model_type")
+        family: Any = config.get("model_type")
         require(isinstance(family, str) and family in DECODERS, "model_type", family, DECODERS)
         known = {field: config[its] for field, its in _NAMES.items() if config.get(its) is not None}
         values = {**_SILENT, **known}

@@ -23,7 +23,7 @@ from jaxprune.errors import UsageError, reason, shown
 from jaxprune.files import checked_path, new_folder
 from jaxprune.models.convert import EMBEDDING, LINEAR, Leaf, refuse
 from jaxprune.models.decoder import Decoder
-from jaxprune.models.decoder_config import DecoderConfig
+from jaxprune.models.decoder_config import DECODERS, DecoderConfig
 from jaxprune.models.gguf import open_gguf
 from jaxprune.models.hub import Source, resolve
 from jaxprune.models.weights import INDEX, SINGLE, TYPES, Stored, open_weights
@@ -110,16 +110,51 @@ def load_decoder(
     Raises:
       UsageError: the files are not found, damaged, of an unsupported kind, or disagree with config.json.
     """
-    source = resolve(name_or_path, revision)
     DecoderConfig(dtype=dtype, **{**settings, "groups": ()})  # refuses the caller's own before a file is blamed
-    given, stored, origin = _opened(source)
-    try:
-        config = DecoderConfig.from_hf(given, dtype=dtype, **settings)
-    except UsageError as error:
-        raise UsageError(f"{origin}: {error}") from None
+    source = resolve(name_or_path, revision)
+    config = read_decoder_config(source, dtype=dtype, **settings)
+    stored = open_gguf(source.gguf).weights if source.gguf else open_weights(source.folder)
     arrays, ignored = _chosen(stored, config, str(source.gguf or source.folder))
     params = unflatten({path: _read(path, parts, config) for path, parts in arrays.items()})
     return PretrainedDecoder(Decoder(config), params, config, source, ignored)
+
+
+def is_decoder(source: Source) -> bool:
+    """Say whether a checkpoint is one that `load_decoder` takes, by its kind of file and its model_type."""
+    if source.gguf is not None:
+        return True
+    try:
+        given = json.loads((source.folder / "config.json").read_text(encoding="utf-8-sig"))
+        return given.get("model_type") in DECODERS
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False  # whoever loads it says what is wrong
+
+
+def read_decoder_config(source: Source, **settings: Any) -> DecoderConfig:
+    """Read the configuration of a checkpoint, and nothing else of it.
+
+    Args:
+      source: what `resolve` returns.
+      settings: fields of `DecoderConfig` that are no matter of the checkpoint.
+
+    Raises:
+      UsageError: it is damaged, or of a kind that the decoder does not compute.
+    """
+    path = source.gguf or source.folder / "config.json"
+    try:
+        if source.gguf:
+            return DecoderConfig.from_hf(open_gguf(source.gguf).config, **settings)
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(f"{source.folder} has no config.json; expected the folder of a Hugging Face model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"{path} is not a JSON object but {shown(given)}; fetch it again")
+    try:
+        return DecoderConfig.from_hf(given, **settings)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def init_decoder(config: DecoderConfig, seed: int = 0) -> tuple[Decoder, dict[str, Any]]:
@@ -131,7 +166,7 @@ def init_decoder(config: DecoderConfig, seed: int = 0) -> tuple[Decoder, dict[st
     (3, 7, 50)
     """
     flat = {}
-    for path, leaf in _shapes(config).items():
+    for path, leaf in decoder_shapes(config).items():
         if path.endswith(("scale", "bias")):
             flat[path] = jnp.full(leaf.shape, path.endswith("scale"), leaf.dtype)
             continue
@@ -198,7 +233,7 @@ def save_decoder(
     folder = checked_path("folder", folder)
     if not isinstance(config, DecoderConfig):
         raise UsageError(f"config {shown(config)} cannot be used: expected a DecoderConfig")
-    flat, shapes = flatten(params), _shapes(config)
+    flat, shapes = flatten(params), decoder_shapes(config)
     got = {path: tuple(leaf.shape) for path, leaf in flat.items()}
     wanted = {path: leaf.shape for path, leaf in shapes.items()}
     if wrong := sorted(path for path in got.keys() | wanted.keys() if got.get(path) != wanted.get(path)):
@@ -254,7 +289,8 @@ def _places(path: str, shape: tuple[int, ...]) -> Iterator[_Place]:
         yield _Place(f"{at}.{leaf.torch[0]}", tuple(f"{at}.{n}" for n in leaf.torch), leaf.transpose, i)
 
 
-def _shapes(config: DecoderConfig) -> dict[str, Any]:
+def decoder_shapes(config: DecoderConfig) -> dict[str, Any]:
+    """Map each parameter's path to its shape and type, without computing anything."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(Decoder(config).init, jax.eval_shape(lambda: jax.random.key(0)), ids)
     return flatten(variables["params"])
@@ -269,7 +305,7 @@ def _chosen(
     chosen: dict[str, list[tuple[Stored, bool]]] = {}
     problems: list[tuple[str, str]] = []
     used: set[str] = set()
-    for path, leaf in _shapes(config).items():
+    for path, leaf in decoder_shapes(config).items():
         for place in _places(path, leaf.shape):
             key = next((name for name in place.names if name in known), None)
             want = leaf.shape if place.layer is None else leaf.shape[1:]
@@ -321,20 +357,3 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
         shards[-1].append(key)
         filled += size
     return shards
-
-
-def _opened(source: Source) -> tuple[dict[str, Any], Mapping[str, Stored], Path]:
-    """Return configuration and arrays of a checkpoint, and the file that has the configuration."""
-    if source.gguf is not None:
-        config, weights = open_gguf(source.gguf)
-        return config, weights, source.gguf
-    path = source.folder / "config.json"
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UsageError(f"{source.folder} has no config.json; expected the folder of a Hugging Face model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not a JSON object ({reason(error)}); fetch it again") from None
-    if not isinstance(given, dict):
-        raise UsageError(f"{path} is not a JSON object but {shown(given)}; fetch it again")
-    return given, open_weights(source.folder), path
