@@ -17,8 +17,13 @@ NotNegative = Annotated[float | None, Range(0)]
 Text = str | None
 
 
-def _flag(group: str, text: str, default: Any = None, *, metavar: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+def _flag(group: str, text: str, default: Any = None, *, metavar: str = "", program: str = "") -> Any:
+    """Describe a flag; of one program where that is named, else of all."""
+    about = {"group": group, "help": text, "metavar": metavar, "program": program}
+    return dataclasses.field(default=default, metadata=about)
+
+
+_DECODERS = "experiments.alpaca"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Common:
         "data",
         "folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub",
         metavar="DIR",
+    )
+    train_file: Path | None = _flag(
+        "data", "rows to train on: JSON, JSON lines or parquet with instruction, input and output", metavar="FILE",
+        program=_DECODERS,
+    )  # fmt: skip
+    validation_file: Path | None = _flag(
+        "data", "rows to score on [a part held out of those to train on]", metavar="FILE", program=_DECODERS
+    )
+    template: Literal["alpaca", "chat"] | None = _flag(
+        "data", "how an instruction is put: Stanford's prompt, or the tokenizer's own for chats", program=_DECODERS
     )
     max_length: Annotated[int | None, Range(3)] = _flag("data", "truncate examples to so many tokens")
     max_train_samples: Whole = _flag("data", "train on the first so many examples only [all]")
@@ -72,6 +87,10 @@ class Common:
     dtype: Literal["float32", "bfloat16"] | None = _flag(
         "training", "what the model computes in; parameters stay float32"
     )
+    remat: Literal["none", "dots", "names", "full"] | None = _flag(
+        "training", "what is computed again in the backward pass to save memory", program=_DECODERS
+    )
+    chunk: Whole = _flag("training", "tokens of a row whose logits are made at once", program=_DECODERS)
     compact: Literal["auto", "always", "never"] | None = _flag(
         "training",
         "remove pruned components for good: when the steps left pay for the compilation, after every event, or never",
@@ -128,3 +147,8 @@ OF_ONE_RUN = ("config", "output_dir", "overwrite", "resume")
 FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "event_losses", "tensorboard")
 
 COMMON = {field.name: field for field in dataclasses.fields(Common)}
+
+
+def offered(program: str) -> list[str]:
+    """Name the settings that a program has."""
+    return [name for name, field in COMMON.items() if field.metadata["program"] in ("", program)]
