@@ -9,11 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
-from experiments.data.grammar import VOCABULARY, inflections, pairs
+from experiments.data.grammar import PHENOMENA, VOCABULARY, inflections, pairs
 from experiments.data.rows import Rows
 from jaxprune.errors import UsageError
 
@@ -24,7 +23,6 @@ _FAULTS = {
     "reflexive": "A pronoun with -self or -selves is wrong.",
     "verb_form": "A verb has the wrong form.",
 }
-_WRONG = 50  # minimal pairs of each phenomenon to begin with
 
 # What stands behind each kind of verb: a noun, its adjective, and what comes before them.
 _OBJECTS = {
@@ -322,17 +320,11 @@ def _drawn(name: str, split: str, count: int, seed: int) -> list[tuple[str, str,
 
 def _corrections(split: str, count: int, seed: int) -> list[tuple[str, str, str]]:
     """Take unacceptable sentences of the grammar, and the acceptable ones as responses."""
-    wrong = _wrong(split, max(_WRONG, -(-count // len(_FAULTS))), seed)
+    each = -(-count // len(_FAULTS))
+    made = pairs(split, 2 * len(PHENOMENA) * each, seed)
+    turns = zip(*([pair for pair in made if pair.phenomenon == name] for name in _FAULTS), strict=True)
     rows = []
-    for i, pair in enumerate(wrong[:count]):
+    for i, pair in enumerate([pair for turn in turns for pair in turn][:count]):
         phrasing = _CORRECT[Draw(split, f"{seed} {split} correct {i}").number(len(_CORRECT))]
         rows.append((phrasing.format(fault=_FAULTS[pair.phenomenon]), pair.unacceptable, pair.acceptable))
     return rows
-
-
-@cache
-def _wrong(split: str, each: int, seed: int):
-    """Return minimal pairs of each phenomenon with one correction, mixed."""
-    found = [pair for pair in pairs(split, 20 * each, seed) if pair.phenomenon in _FAULTS]
-    rng = random.Random(f"{seed} {split} wrong")
-    return sorted(found, key=lambda _: rng.random())

@@ -92,6 +92,10 @@ class Causal:
             )
         return encoded
 
+    def evaluated_at_once(self, batch_size: int) -> int:
+        """Return as many examples as are in a training batch."""
+        return batch_size
+
     def finish(self, batch: Mapping[str, np.ndarray], apart: bool = False) -> dict[str, np.ndarray]:
         """Return what the model takes of a batch of `experiments.data.packing`; see `finish`."""
         return finish(batch, apart)
