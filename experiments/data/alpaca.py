@@ -90,7 +90,7 @@ def _rows(table: Mapping[str, list[Any]], source: str) -> Rows:
     instructions, outputs = table["instruction"], table["output"]
     if not outputs:
         raise UsageError(f"{source}: holds no rows; expected at least one")
-    inputs = [text or "" for text in table.get("input") or [""] * len(outputs)]
+    inputs = ["" if text is None else text for text in table.get("input") or [""] * len(outputs)]
     for name, column in zip(COLUMNS, (instructions, inputs, outputs), strict=True):
         check_texts(name, column, source)
     for name, column in (("instruction", instructions), ("output", outputs)):

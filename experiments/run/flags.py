@@ -82,7 +82,7 @@ def _name(flag: str) -> str:
 def _value(arguments: Sequence[str], name: str) -> str | None:
     """Return what stands behind a flag; of several the last."""
     found = None
-    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, after in zip(arguments, [*arguments, None][1:], strict=True):
         if argument.startswith("--") and _name(argument) == name:
             found = argument.partition("=")[2] if "=" in argument else after
     return None if found is None or (found.startswith("--") and name != "config") else found

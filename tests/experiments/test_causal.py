@@ -254,7 +254,9 @@ def test_outputs_and_scores_of_a_split():
         )
     outputs = np.array([[2.0, 2, 2], [3.0, 3, 2], [1.0, 1, 1], [0.5, 4, 0]])
     built_in = get_task("instructions").score(outputs, np.zeros(4))
-    assert built_in == pytest.approx({"exact_match": 50.0, "loss": 0.65, "perplexity": np.exp(0.65), "token_accuracy": 50.0})  # fmt: skip
+    assert built_in == pytest.approx(
+        {"exact_match": 50.0, "loss": 0.65, "perplexity": np.exp(0.65), "token_accuracy": 50.0}
+    )
     assert np.isfinite(task.score(np.array([[1e6, 1, 0]]), np.zeros(1))["perplexity"])
 
 

@@ -12,7 +12,11 @@ from experiments.data.grammar import VOCABULARY
 from jaxprune.errors import UsageError
 
 SPLITS = instructions.generate()
-ROWS = [(split, instructions.NAMES[kind], *row) for split, rows in SPLITS.items() for *row, kind in zip(*rows.texts, rows.labels, strict=True)]  # fmt: skip
+ROWS = [
+    (split, instructions.NAMES[kind], *row)
+    for split, rows in SPLITS.items()
+    for *row, kind in zip(*rows.texts, rows.labels, strict=True)
+]
 
 IRREGULAR = {  # past, participle
     "sleep": "slept slept", "kneel": "knelt knelt", "weep": "wept wept", "grin": "grinned grinned", "keep": "kept kept",
@@ -92,7 +96,11 @@ def test_every_response_is_what_the_rules_give(kind):
 
 
 def plural(noun: str) -> bool:
-    return noun.endswith("s") and noun not in words("male", "female", "kin_female") or noun in {"men", "women", "wives", "gentlemen"}  # fmt: skip
+    return (
+        noun.endswith("s")
+        and noun not in words("male", "female", "kin_female")
+        or noun in {"men", "women", "wives", "gentlemen"}
+    )
 
 
 def fits(fault: str, sentence: str, at: int) -> bool:
