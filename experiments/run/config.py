@@ -14,14 +14,16 @@ from typing import Any, get_type_hints
 
 from experiments.presets import preset
 from experiments.run import settings as method_settings
-from experiments.run.fields import COMMON, DEFAULTS, FREE, Common, offered
+from experiments.run.fields import COMMON, DEFAULTS, FREE, Common
 from experiments.run.settings import by_flag, checked, flag_text, further, layered, sort
-from experiments.tasks import PROGRAMS, get_task
+from experiments.tasks import PROGRAMS, TASKS, get_task
 from experiments.tasks.base import Task
 from jaxprune.checks import MOST_STEPS, check, one_of
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods import METHODS, Entry
 
+# Flags that are one only of tasks that have a field of their name.
+OF_TASKS = tuple(name for name, field in COMMON.items() if field.metadata["of_task"])
 _PATHS = ("data_dir", "train_file", "validation_file", "output_dir")
 
 
@@ -84,18 +86,17 @@ class RunConfig(Common):
         """Return the task of resolved settings, with the flags that its program alone has."""
         assert self.task
         task: Any = get_task(self.task)
-        own = {name for name in offered(task.program) if COMMON[name].metadata["program"]}
-        return replace(task, **{name: getattr(self, name) for name in own}) if own else task
+        own = {name: getattr(self, name) for name in OF_TASKS if hasattr(task, name)}
+        return replace(task, **own) if own else task
 
     def _program(self, task: str) -> str:
         """Return the program of a task, which must fit what else is said."""
         program = get_task(task).program
         if self.program not in (None, program):
             raise UsageError(f"--task {task} is one of {program}: python -m {program} --task {task}")
-        foreign = [name for name in COMMON if name not in offered(program) and getattr(self, name) is not None]
-        if foreign:
-            owner = COMMON[foreign[0]].metadata["program"]
-            raise UsageError(f"{flag_text(foreign[0])} is for tasks of {owner}; --task {task} is one of {program}")
+        for name in OF_TASKS:
+            if getattr(self, name) is not None and not hasattr(get_task(task), name):
+                raise UsageError(f"{flag_text(name)} is for tasks of {owner(name)}; --task {task} is one of {program}")
         return program
 
     def _check(self) -> None:
@@ -125,9 +126,7 @@ class RunConfig(Common):
     def plain(self) -> dict[str, Any]:
         """Return the settings by the names of their flags, as JSON gives them back."""
         known = {name: getattr(self, name) for name in COMMON if name not in ("config", "set")}
-        known = {
-            name: value for name, value in known.items() if value is not None or not COMMON[name].metadata["program"]
-        }
+        known = {name: value for name, value in known.items() if value is not None or name not in OF_TASKS}
         known |= by_flag(self.entry, {**self.settings, **further(self.entry, self.set)})
         return json.loads(json.dumps(known, default=lambda value: list(value) if _is_list(value) else str(value)))
 
@@ -166,6 +165,16 @@ class RunConfig(Common):
             f"--targets {targets!r} names no kernel; expected all-linear, path suffixes such as query,value, or "
             f"re:EXPRESSION"
         )
+
+
+def offered(program: str) -> list[str]:
+    """Name the common settings that a program has; what is no program of tasks has all."""
+    return [name for name in COMMON if name not in OF_TASKS or program not in PROGRAMS or program == owner(name)]
+
+
+def owner(name: str) -> str:
+    """Return the program whose tasks have a field of a name."""
+    return next(task.program for task in TASKS.values() if hasattr(task, name))
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune.checks import HostOnly, Range
+from experiments.data.prompts import TEMPLATES
+from jaxprune.checks import HostOnly, OneOf, Range
 from jaxprune.methods import DEFAULT
 
 # What these stand for is decided late, so that a preset can set every one: None means that nothing was said.
@@ -17,13 +18,10 @@ NotNegative = Annotated[float | None, Range(0)]
 Text = str | None
 
 
-def _flag(group: str, text: str, default: Any = None, *, metavar: str = "", program: str = "") -> Any:
-    """Describe a flag; of one program where that is named, else of all."""
-    about = {"group": group, "help": text, "metavar": metavar, "program": program}
+def _flag(group: str, text: str, default: Any = None, *, metavar: str = "", of_task: bool = False) -> Any:
+    """Describe a flag; `of_task` where it is one only of tasks that have a field of its name."""
+    about = {"group": group, "help": text, "metavar": metavar, "of_task": of_task}
     return dataclasses.field(default=default, metadata=about)
-
-
-_DECODERS = "experiments.alpaca"
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class Common:
     )
     train_file: Path | None = _flag(
         "data", "rows to train on: JSON, JSON lines or parquet with instruction, input and output", metavar="FILE",
-        program=_DECODERS,
+        of_task=True,
     )  # fmt: skip
     validation_file: Path | None = _flag(
-        "data", "rows to score on [a part held out of those to train on]", metavar="FILE", program=_DECODERS
+        "data", "rows to score on [a part held out of those to train on]", metavar="FILE", of_task=True
     )
-    template: Literal["alpaca", "chat"] | None = _flag(
-        "data", "how an instruction is put: Stanford's prompt, or the tokenizer's own for chats", program=_DECODERS
+    template: Annotated[str, OneOf(tuple(TEMPLATES))] | None = _flag(
+        "data", "how an instruction is put: Stanford's prompt, or the tokenizer's own for chats", of_task=True
     )
     max_length: Annotated[int | None, Range(3)] = _flag("data", "truncate examples to so many tokens")
     max_train_samples: Whole = _flag("data", "train on the first so many examples only [all]")
@@ -88,9 +86,9 @@ class Common:
         "training", "what the model computes in; parameters stay float32"
     )
     remat: Literal["none", "dots", "names", "full"] | None = _flag(
-        "training", "what is computed again in the backward pass to save memory", program=_DECODERS
+        "training", "what is computed again in the backward pass to save memory", of_task=True
     )
-    chunk: Whole = _flag("training", "tokens of a row whose logits are made at once", program=_DECODERS)
+    chunk: Whole = _flag("training", "tokens of a row whose logits are made at once", of_task=True)
     compact: Literal["auto", "always", "never"] | None = _flag(
         "training",
         "remove pruned components for good: when the steps left pay for the compilation, after every event, or never",
@@ -147,8 +145,3 @@ OF_ONE_RUN = ("config", "output_dir", "overwrite", "resume")
 FREE = ("output_dir", "overwrite", "resume", "save_steps", "keep", "event_losses", "tensorboard")
 
 COMMON = {field.name: field for field in dataclasses.fields(Common)}
-
-
-def offered(program: str) -> list[str]:
-    """Name the settings that a program has."""
-    return [name for name, field in COMMON.items() if field.metadata["program"] in ("", program)]

@@ -15,8 +15,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from experiments.presets import PRESETS
 from experiments.run import settings_file
 from experiments.run.cli import parse_into
-from experiments.run.config import RunConfig
-from experiments.run.fields import COMMON, DEFAULTS, Common, offered
+from experiments.run.config import RunConfig, offered, owner
+from experiments.run.fields import COMMON, DEFAULTS, Common
 from experiments.run.settings import Flag, flag_text, flags, named, not_its_own, owners, parts, words
 from experiments.tasks import PROGRAMS, TASKS
 from jaxprune.checks import one_of
@@ -41,8 +41,8 @@ def parse_run(arguments: Sequence[str], program: str) -> RunConfig:
             raise UsageError(not_its_own(entry, name))
     whole = [*added, *arguments]
     for name in given(whole):
-        if program in PROGRAMS and name in COMMON and name not in offered(program):
-            raise UsageError(f"{flag_text(name)} is a flag of {COMMON[name].metadata['program']}, not of {program}")
+        if name in COMMON and name not in offered(program):
+            raise UsageError(f"{flag_text(name)} is a flag of {owner(name)}, not of {program}")
     about = _description(list_methods="method" not in given(whole))
     try:
         parsed = parse_into(_flags_type(entry, program), whole, program, description=about)
@@ -95,7 +95,7 @@ def _flags_type(entry: Entry, program: str) -> type:
     """Make a dataclass of dataclasses, one a group of flags; a program that runs those of others has all of them."""
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     kinds = get_type_hints(Common, include_extras=True)
-    for name in offered(program) if program in PROGRAMS else COMMON:
+    for name in offered(program):
         field = COMMON[name]
         default = field.default if isinstance(field.default, bool) else None
         if name == "train_head":

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.run.config import RunConfig
-from experiments.run.fields import COMMON, OF_ONE_RUN, offered
+from experiments.run.config import RunConfig, offered
+from experiments.run.fields import COMMON, OF_ONE_RUN
 from experiments.run.settings import by_flag, flag_text, named, not_its_own, owners
 from experiments.run.settings import flags as method_flags
 from jaxprune.errors import UsageError, nearest, reason, shown

@@ -186,13 +186,9 @@ def encode(rows: Rows, tokenizer: Any, template: str, max_length: int) -> Encode
         )
         if count
     ]
-    made = [
-        np.array([*prompt, *response][:max_length], np.int32) for prompt, response in pairs if len(prompt) < max_length
-    ]
-    types = [
-        np.arange(len(ids)) >= len(prompt)
-        for ids, prompt in zip(made, (p for p in prompts if len(p) < max_length), strict=True)
-    ]
+    kept = [pair for pair in pairs if len(pair[0]) < max_length]
+    made = [np.array([*prompt, *response][:max_length], np.int32) for prompt, response in kept]
+    types = [np.arange(len(ids)) >= len(prompt) for ids, (prompt, _) in zip(made, kept, strict=True)]
     return Encoded(
         np.concatenate(made),
         np.concatenate(types).astype(np.int8),
