@@ -86,9 +86,9 @@ class Draw:
             found[self.word(("thing", "place", "person", "mood", "quality")[self.number(5)])] = None
         return list(found)
 
-    def clause(self, *, thing: bool = False, adjectives: bool = False) -> Clause:
-        """Return a clause; `thing` where its verb must take one, `adjectives` for one of these at least."""
-        kind = "handle" if thing else ("handle", "judge_person", "intransitive")[self.number(3)]
+    def clause(self, *, whom: bool = False, adjectives: bool = False) -> Clause:
+        """Return a clause; `whom` for one with an object, `adjectives` for one with these."""
+        kind = ("handle", "judge_person", "intransitive")[self.number(2 if whom else 3)]
         noun, quality, where = _OBJECTS[kind]
         subject, many = inflections("person", self.word("person")), bool(self.number(2))
         before = [self.word("mood")] if adjectives or self.number(3) == 0 else []
@@ -125,7 +125,7 @@ def _negative(draw: Draw) -> Drawn:
 
 
 def _passive(draw: Draw) -> Drawn:
-    clause = draw.clause(thing=True)
+    clause = draw.clause(whom=True)
     return clause.past(), _sentence(clause.rest, "was", clause.verb["n"], "by", clause.who)
 
 

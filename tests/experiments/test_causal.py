@@ -125,8 +125,11 @@ def test_long_responses_are_cut_and_prompts_that_fill_all_are_left_out(tokenizer
         f"1 of the 4 responses of rows.json are cut at --max-length {most}",
         f"1 of the 4 rows of rows.json are left out, as their prompts alone fill --max-length {most}",
     )
-    # One token fewer than a prompt and one more leaves it out.
-    assert len(causal.encode(rows(texts[0], texts[3]), tokenizer, "alpaca", min(prompts[0], prompts[3]) + 1)) == 1
+    # A prompt of just so many tokens leaves nothing.
+    short, long = sorted((texts[0], texts[3]), key=lambda row: prompts[texts.index(row)])
+    for room, left in ((0, 1), (1, 2)):
+        encoded = causal.encode(rows(short, long), tokenizer, "alpaca", prompts[texts.index(long)] + room)
+        assert len(encoded) == len(encoded.offsets) - 1 == left
     with pytest.raises(
         UsageError, match=rf"shortest prompt of rows.json has {prompts[0]} tokens.*--max-length 20; raise"
     ):
@@ -258,6 +261,29 @@ def test_outputs_and_scores_of_a_split():
         {"exact_match": 50.0, "loss": 0.65, "perplexity": np.exp(0.65), "token_accuracy": 50.0}
     )
     assert np.isfinite(task.score(np.array([[1e6, 1, 0]]), np.zeros(1))["perplexity"])
+
+
+def test_what_stands_for_no_token_does_not_count():
+    """Places for none have any loss there is, and the most probable token is right by chance."""
+    encoded = examples(5)
+    batches = Batches(encoded, 8, None)
+    batch: Any = causal.finish(batches.batch(0, 0))
+
+    def sure(ids, *_, scored, targets):
+        return jnp.where(batch["weights"] > 0, 1.0, jnp.inf), scored >= 0
+
+    found = np.asarray(get_task("alpaca").outputs(sure, batch))
+    members = batches.indices(0, 0)
+    tokens = [by_hand(encoded, i)[1] if i >= 0 else 0 for i in members]
+    assert -1 in members and found.tolist() == [[count] * 3 for count in tokens]
+
+
+def test_splits_have_room_for_the_fullest_of_them():
+    made = evaluation_batches({"a": examples(2, longest=5), "b": examples(30, longest=40)}, 8)
+    assert made["a"].room == made["b"].room > 32
+    assert {batch["predicted"].shape for batches in made.values() for batch in batches.all()} == {
+        (made["a"].shapes[0][0], made["a"].room)
+    }
 
 
 def test_single_examples_have_means_of_their_own():

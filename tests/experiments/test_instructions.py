@@ -11,7 +11,7 @@ from experiments.data import instructions
 from experiments.data.grammar import VOCABULARY
 from jaxprune.errors import UsageError
 
-SPLITS = instructions.generate()
+SPLITS = instructions.generate(3900, 1300)
 ROWS = [
     (split, instructions.NAMES[kind], *row)
     for split, rows in SPLITS.items()
@@ -91,7 +91,7 @@ def expected(kind: str, given: str) -> str:
 @pytest.mark.parametrize("kind", [name for name in instructions.NAMES if name != "correct"])
 def test_every_response_is_what_the_rules_give(kind):
     rows = [(given, output) for _, name, _, given, output in ROWS if name == kind]
-    assert len(rows) == 325
+    assert len(rows) == 400
     assert [output for _, output in rows] == [expected(kind, given) for given, _ in rows]
 
 
@@ -126,7 +126,7 @@ def fits(fault: str, sentence: str, at: int) -> bool:
 
 def test_a_correction_changes_the_one_word_that_is_wrong():
     rows = [(asked, given, output) for _, name, asked, given, output in ROWS if name == "correct"]
-    assert len(rows) == 325 and len({asked for asked, _, _ in rows}) == 9
+    assert len(rows) == 400 and len({asked for asked, _, _ in rows}) == 9
     for asked, given, output in rows:
         wrong, right = given.rstrip(".?").split(), output.rstrip(".?").split()
         (at,) = [i for i, pair in enumerate(zip(wrong, right, strict=True)) if len(set(pair)) > 1]
@@ -134,7 +134,7 @@ def test_a_correction_changes_the_one_word_that_is_wrong():
 
 
 def test_no_input_twice_and_none_in_both_splits():
-    assert {split: len(rows) for split, rows in SPLITS.items()} == {"train": 3900, "validation": 325}
+    assert {split: len(rows) for split, rows in instructions.generate().items()} == {"train": 3900, "validation": 325}
     inputs = {split: rows.texts[1] for split, rows in SPLITS.items()}
     for split, rows in SPLITS.items():
         assert np.bincount(rows.labels).tolist() == [len(rows) // 13] * 13
@@ -153,7 +153,7 @@ def test_rows_are_short_and_mixed_and_every_kind_has_several_phrasings():
 
 
 def test_rows_are_a_function_of_the_seed():
-    again, other = instructions.generate(), instructions.generate(seed=1)
+    again, other = instructions.generate(3900, 1300), instructions.generate(seed=1)
     for split, rows in SPLITS.items():
         assert again[split].texts == rows.texts and np.array_equal(again[split].labels, rows.labels)
         assert not set(zip(*other[split].texts, strict=True)) >= set(zip(*rows.texts, strict=True))
