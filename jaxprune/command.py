@@ -372,9 +372,9 @@ def _classes(folder: Path) -> tuple[int | None, str | None]:
 
 def _labels_of(model: str) -> int:
     """Return how many classes config.json of a checkpoint has; 2 where it does not say, as in `transformers`."""
-    from jaxprune.models.hub import resolve
+    from jaxprune.models.hub import refuse_gguf, resolve
 
-    path = resolve(model).folder / CONFIG
+    path = refuse_gguf(resolve(model)) / CONFIG
     try:
         said = json.loads(path.read_text(encoding="utf-8-sig"))
         return len(said.get("id2label") or ()) or whole(said.get("num_labels")) or 2

@@ -24,6 +24,9 @@ _ORDER = "query q_proj key k_proj value v_proj out o_proj out_proj fc1 gate_proj
 
 Index = tuple[int | None, ...]
 
+# Layers 4 to 11 of a stack, where it is stored in several parts.
+_GROUP = re.compile(r"\[([0-9]{1,9}):([0-9]{1,9})\](?=/|$)")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -166,7 +169,7 @@ def find_sites(
       The sites by depth, within a layer in the order of a forward pass where the names tell it.
     """
     flat = flatten(params)
-    leaves = {path: leaf_at(flat, path) for path in dict.fromkeys(p.rpartition("/")[0] for p in flat)}
+    leaves = {path: _leaf_of(flat, path) for path in dict.fromkeys(p.rpartition("/")[0] for p in flat)}
     kernels = {p: flat[leaf] for p, leaf in leaves.items() if leaf is not None and len(flat[leaf].shape) >= 2}
     linear = [p for p in kernels if str(leaves[p]).endswith("kernel")]
     if not kernels:
@@ -174,7 +177,7 @@ def find_sites(
     seen = None if call is None else traced(call, params, flat)
     # {site: its module}: one for every layer where a scan stacks them.
     owners = {
-        joined(p, index): p
+        _site(p, index): p
         for p, kernel in kernels.items()
         for index in indices(kernel.shape, _axes(p, kernel.shape, seen, scan_axis))
     }
@@ -187,7 +190,7 @@ def find_sites(
             raise UsageError(f"all-linear leaves out every kernel, such as {next(iter(kernels))!r}; name the targets")
     elif isinstance(targets, str):
         pattern = expression("target", targets)
-        chosen = {site for site, p in owners.items() if pattern.fullmatch(p) or pattern.fullmatch(site)}
+        chosen = {site for site in owners if pattern.fullmatch(split(site)[0]) or pattern.fullmatch(site)}
         _require_match(targets, chosen, kernels)
     else:
         suffixes = list(targets) if isinstance(targets, Iterable) else []
@@ -198,7 +201,7 @@ def find_sites(
             )
         chosen = set()
         for suffix in suffixes:
-            matched = {s for s, p in owners.items() if p == suffix or p.endswith("/" + suffix) or s == suffix}
+            matched = {s for s in owners if s == suffix or f"/{split(s)[0]}".endswith("/" + suffix)}
             _require_match(suffix, matched, kernels)
             chosen |= matched
     wrong = [
@@ -212,9 +215,9 @@ def find_sites(
             f"kernel {shown(min(wrong))} is {kernel.dtype} of shape {tuple(kernel.shape)}, and adapters need floating-point "
             f"numbers and no empty axis; leave it out of the targets"
         )
-    sizes = {site: _matrix(site, tuple(kernels[p].shape), seen) for site, p in owners.items() if site in chosen}
+    sizes = {site: _matrix(p, site, tuple(kernels[p].shape), seen) for site, p in owners.items() if site in chosen}
     place = {name: i for i, name in enumerate(_ORDER)}
-    depths = _depths(owners, list(seen or ()))
+    depths = _depths(owners, [ungrouped(path)[0] for path in seen or ()])
     sites = (Site(path, d_in, d_out, depths[path], _Name.of(path).type) for path, (d_in, d_out) in sizes.items())
     return tuple(sorted(sites, key=lambda s: (s.layer, place.get(s.type, len(place)), _natural(s.path))))
 
@@ -231,16 +234,41 @@ def joined(module: str, index: Index) -> str:
     return f"{module}[{','.join(':' if i is None else str(i) for i in index)}]" if index else module
 
 
-def leaf_at(flat: Mapping[str, Any], path: str) -> str | None:
-    """Return the path of the leaf that holds a site's matrix, None where there is none."""
+def leaf_at(flat: Mapping[str, Any], path: str) -> tuple[str, Index] | None:
+    """Return the path of the leaf that holds a site's matrix, and the index into it; None where there is none."""
     module, index = split(path)
-    leaf = next((leaf for name in LEAVES if (leaf := f"{module}/{name}") in flat), None)
+    if not (leaf := _leaf_of(flat, module)) and len(index) == 1:
+        module, start = _group(flat, module, index[0] or 0)
+        leaf, index = _leaf_of(flat, module), ((index[0] or 0) - start,)
     inside = (
         leaf is not None
         and len(index) <= len(shape := flat[leaf].shape)
         and all(i is None or i < size for i, size in zip(index, shape, strict=False))
     )
-    return leaf if inside else None
+    return (leaf, index) if leaf and inside else None
+
+
+def _leaf_of(flat: Mapping[str, Any], module: str) -> str | None:
+    return next((leaf for name in LEAVES if (leaf := f"{module}/{name}") in flat), None)
+
+
+def _group(flat: Mapping[str, Any], module: str, layer: int) -> tuple[str, int]:
+    """Return the module that stores a layer of a stack that lies in several groups, and the group's first layer."""
+    for path in flat:
+        stored = path.rpartition("/")[0]
+        whole, start = ungrouped(stored)
+        if whole == module and (stop := _GROUP.search(stored)) and start <= layer < int(stop[2]):
+            return stored, start
+    return module, 0
+
+
+def ungrouped(module: str) -> tuple[str, int]:
+    """Return the name that a module has where its layers lie in one stack, and the first layer of its own.
+
+    `layers[4:12]/fc1` is `layers/fc1` from layer 4 on: how layers are stored changes no site's name.
+    """
+    found = _GROUP.search(module)
+    return (module[: found.start()] + module[found.end() :], int(found[1])) if found else (module, 0)
 
 
 def layer_of(kernel: Any, index: Index) -> Any:
@@ -279,9 +307,15 @@ def _axes(
     return () if scan_axis is None or len(shape) != 3 else (scan_axis % 3,)
 
 
-def _matrix(site: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int]:
+def _site(module: str, index: Index) -> str:
+    """Name a site by the layer's number in the whole stack, however that is stored."""
+    whole, start = ungrouped(module)
+    return joined(whole, tuple(i if i is None else i + start for i in index))
+
+
+def _matrix(path: str, site: str, shape: tuple[int, ...], seen: Mapping[str, Kernel] | None) -> tuple[int, int]:
     """Return (d_in, d_out) of a kernel."""
-    path, index = split(site)
+    index = split(site)[1]
     if seen is None:
         own = tuple(size for axis, size in enumerate(shape) if axis not in stacked_axes(index))
         if len(own) != 2:

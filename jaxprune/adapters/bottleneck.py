@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, key_for, matmul
+from jaxprune.adapters.base import Array, base, key_for, matmul
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_plan, check_sites
 from jaxprune.reprs import one_line
@@ -54,7 +54,7 @@ class Bottleneck:
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W: the bottleneck comes after the bias."""
-        return matmul(x_NxI, kernel_IxO)
+        return base(x_NxI, kernel_IxO)
 
     def finish(self, y_NxO: Array, mask: Array | None) -> Array:
         """Return y + act(y D + c) * m U + e; without a live unit, y itself."""

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, drop, matmul
+from jaxprune.adapters.base import Array, base, drop, matmul
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError
-from jaxprune.sites import flatten, layer_of, leaf_at, split
+from jaxprune.sites import flatten, layer_of, leaf_at
 
 
 @functools.partial(
@@ -46,7 +46,7 @@ class Dora(Lora):
         Without dropout that is g (x V). Dropout leaves x W alone and thins the change, as PEFT does, which costs a
         second product with W.
         """
-        base_NxO = matmul(x_NxI, kernel_IxO)
+        base_NxO = base(x_NxI, kernel_IxO)
         dropped_NxI = drop(x_NxI, self.dropout, key)
         changed_NxO = base_NxO if dropped_NxI is x_NxI else matmul(dropped_NxI, kernel_IxO)
         gain = self.gain(kernel_IxO.astype(jnp.float32) + self.delta(mask), mask)
@@ -91,12 +91,11 @@ def to_dora(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     def one(path: str, adapter: Any) -> Any:
         if type(adapter) is not Lora:
             raise UsageError(f"adapter {path!r} is a {type(adapter).__name__}; only Lora can become DoRA")
-        leaf, delta = leaf_at(flat, path), adapter.delta(None)
-        if leaf is None or layer_of(flat[leaf], split(path)[1]).size != delta.size:
+        found, delta = leaf_at(flat, path), adapter.delta(None)
+        kernel = None if found is None else layer_of(flat[found[0]], found[1])
+        if kernel is None or kernel.size != delta.size:
             raise UsageError(f"adapter path {path!r} is not in the parameters; pass those the adapters were made for")
-        norm = jnp.linalg.norm(
-            layer_of(flat[leaf], split(path)[1]).astype(jnp.float32).reshape(delta.shape) + delta, axis=-2
-        )
+        norm = jnp.linalg.norm(kernel.astype(jnp.float32).reshape(delta.shape) + delta, axis=-2)
         return Dora(**{f.name: getattr(adapter, f.name) for f in fields(adapter)}, magnitude=norm)
 
     return {path: one(path, adapter) for path, adapter in adapters.items()}

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, drop, key_for, matmul
+from jaxprune.adapters.base import Array, base, drop, key_for, matmul
 from jaxprune.inputs import check_dropout, check_factor, check_plan, check_sites
 from jaxprune.reprs import one_line
 from jaxprune.sites import Site
@@ -48,7 +48,7 @@ class Lora:
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W + s ((dropout(x) A) * m) B."""
-        return matmul(x_NxI, kernel_IxO) + self.product(drop(x_NxI, self.dropout, key), mask)
+        return base(x_NxI, kernel_IxO) + self.product(drop(x_NxI, self.dropout, key), mask)
 
     def product(self, x_NxI: Array, mask: Array | None) -> Array:
         """Return s ((x A) * m) B."""

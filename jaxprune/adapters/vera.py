@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Adapters, Array, drop, key_for, matmul
+from jaxprune.adapters.base import Adapters, Array, base, drop, key_for, matmul
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import check_dropout, check_plan, check_sites, real, whole
@@ -70,7 +70,7 @@ class Vera:
         """Return x W + ((dropout(x) A * d) B) * b."""
         pair = self._own()
         z_NxR = matmul(drop(x_NxI, self.dropout, key), pair.a) * self.d.astype(x_NxI.dtype)
-        return matmul(x_NxI, kernel_IxO) + matmul(z_NxR, pair.b) * self.b.astype(x_NxI.dtype)
+        return base(x_NxI, kernel_IxO) + matmul(z_NxR, pair.b) * self.b.astype(x_NxI.dtype)
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         """Return W + (A * d) B * b."""

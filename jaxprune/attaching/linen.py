@@ -23,7 +23,7 @@ from jaxprune.adapters.base import Array, by_leaf, drop, merged
 from jaxprune.attaching.stacking import one_layer, stack
 from jaxprune.errors import UsageError, shown
 from jaxprune.kernels import Kernel, kernel_of
-from jaxprune.sites import flatten, split, unflatten
+from jaxprune.sites import flatten, unflatten
 
 _KEY = "jaxprune_adapter"
 
@@ -86,13 +86,13 @@ def attach(model: nn.Module, *, method: str | Callable | None = None) -> Callabl
                 return _linear(module, args[0] if args else kwargs["inputs"], adapter, mask, key)
             return _merged(module, context.method_name, args, kwargs, adapter, mask, key)
 
-        tree, replaced, stacked = _insert(params, adapters, masks)
+        tree, replaced, stacked, modules = _insert(params, adapters, masks)
         collections = {"params": tree, **_others(variables)}
         if kwargs.get("mutable") is True:  # whatever the model updates, it does not update its parameters
             kwargs["mutable"] = DenyList("params")
         with nn.intercept_methods(intercept):
             outputs = model.apply(collections, *inputs, rngs=rngs, method=method, **kwargs)
-        missed = [path for path in adapters if split(path)[0] not in reached]
+        missed = [path for path, module in modules.items() if module not in reached]
         if missed:
             raise UsageError(
                 f"{len(missed)} adapters were never reached, first {missed[0]!r}: its module is no nn.Dense, DenseGeneral, "
@@ -191,16 +191,17 @@ def _merged(module: nn.Module, name: str, args, kwargs, adapter, mask, key) -> A
 
 def _insert(
     params: Mapping[str, Any], adapters: Adapters, masks: Masks
-) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
+) -> tuple[dict[str, Any], set[str], dict[str, Any], dict[str, str]]:
     """Put every adapter into the subtree of its module.
 
     Returns:
-      (parameters, the modules whose kernels were replaced, {module of a scan: what `one_layer` needs}).
+      (parameters, the modules whose kernels were replaced, {module of a scan: what `one_layer` needs}, {site: its module}).
     """
-    flat, replaced, stacked = flatten(params), set(), {}
+    flat, replaced, stacked, modules = flatten(params), set(), {}, {}
     grouped = by_leaf(flat, adapters, masks)
     for leaf, own in grouped.items():
         module = leaf.rpartition("/")[0]
+        modules |= {path: module for path, _, _ in own.values()}
         if () not in own:
             pairs = {index: (adapter, mask) for index, (_, adapter, mask) in own.items()}
             flat[f"{module}/{_KEY}"], stacked[module] = stack(module, flat[leaf].shape, pairs)
@@ -211,4 +212,4 @@ def _insert(
             replaced.add(module)
         else:
             flat[f"{module}/{_KEY}"] = (adapter, mask)
-    return unflatten(flat), replaced, stacked
+    return unflatten(flat), replaced, stacked, modules

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.adapters import Adapters, Lora, Masks, SharedLora, init_lora
-from jaxprune.adapters.base import Array, matmul
+from jaxprune.adapters.base import Array, base, matmul
 from jaxprune.allocation import uniform_plan
 from jaxprune.checks import Count, OneOf, Positive, Range, Rank, Share
 from jaxprune.errors import UsageError
@@ -128,7 +128,7 @@ class _OutputTap:
     tau: Array
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
-        return matmul(x_NxI, kernel_IxO) + _measured(matmul(x_NxI, self.adapter.delta(mask)), self.tau)
+        return base(x_NxI, kernel_IxO) + _measured(matmul(x_NxI, self.adapter.delta(mask)), self.tau)
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         raise UsageError("LoRA-drop measures outputs of adapters, which a merged kernel has none of; use attach")

@@ -29,7 +29,7 @@ from jaxprune.checks import Positive, Range, Rank, Share
 from jaxprune.errors import UsageError
 from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.registry import register
-from jaxprune.sites import flatten, layer_of, split, with_layers, with_leaves
+from jaxprune.sites import flatten, layer_of, with_layers, with_leaves
 
 _OVERSAMPLE = 8
 
@@ -70,8 +70,7 @@ def pissa(
         drawn, masks = init_lora(context.key, context.sites, plan.ranks, scale=scale, dropout=dropout)
         flat, adapters = flatten(context.params), {}
         for path, empty in drawn.items():
-            leaf = place(flat, path, empty, None)
-            index = split(path)[1]
+            leaf, index = place(flat, path, empty, None)
             kernel = layer_of(flat[leaf], index).reshape(empty.a.shape[0], empty.b.shape[-1])
             a, b, rest = _split(key_for(context.key, path), kernel, rank, scale, niter)
             adapters[path] = dataclasses.replace(empty, a=a, b=b, residual=True)

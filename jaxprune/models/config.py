@@ -181,12 +181,12 @@ class EncoderConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.family, str) and self.family in FAMILIES, "model_type", self.family, FAMILIES)
+        require(isinstance(self.family, str) and self.family in FAMILIES, "model_type", self.family, FAMILIES)
         for field in (*_INTEGERS, *_NUMBERS):
             _check(self.family, field, getattr(self, field))
         names = FAMILIES[self.family].names
         activation = isinstance(self.activation, str) and self.activation in ACTIVATIONS
-        _require(activation, _said(self.family, "activation"), self.activation, ACTIVATIONS)
+        require(activation, _said(self.family, "activation"), self.activation, ACTIVATIONS)
         if self.hidden_size % self.num_heads:
             raise UsageError(
                 f"{names['hidden_size']}={self.hidden_size} is not a multiple of {names['num_heads']}={self.num_heads}"
@@ -198,7 +198,7 @@ class EncoderConfig:
             if widths is not None and not (
                 isinstance(widths, tuple)
                 and len(widths) == self.num_layers
-                and all(_is_integer(width, 1, _MOST) for width in widths)
+                and all(is_integer(width, 1, _MOST) for width in widths)
             ):
                 raise UsageError(
                     f"{name}={shown(widths)} does not fit; expected {self.num_layers} integers, each from 1 to {_MOST}"
@@ -208,11 +208,7 @@ class EncoderConfig:
                 f"{names['max_positions']}={self.max_positions} leaves no position after the first "
                 f"{self.position_offset}, which are set aside"
             )
-        try:
-            floating = jnp.issubdtype(self.dtype, jnp.floating)
-        except TypeError:
-            floating = False
-        _require(floating, "dtype", self.dtype, ("jnp.float32", "jnp.bfloat16", "jnp.float16"))
+        check_dtype(self.dtype)
 
     @property
     def head_dim(self) -> int:
@@ -243,7 +239,7 @@ class EncoderConfig:
           UsageError: another model_type, or a variant of these three that this encoder does not compute.
         """
         family = config.model_type
-        _require(isinstance(family, str) and family in FAMILIES, "model_type", family, FAMILIES)
+        require(isinstance(family, str) and family in FAMILIES, "model_type", family, FAMILIES)
         for name, plain in FIXED:
             if (got := getattr(config, name, plain)) not in (plain, None):
                 raise UsageError(f"{name}={shown(got)} is not supported; expected {plain!r}")
@@ -293,28 +289,40 @@ def _said(family: str, field: str) -> str:
     return field if name == field else f"{name} ({field})"
 
 
-def _require(holds: bool, name: str, value: Any, known: Any) -> None:
+def require(holds: bool, name: str, value: Any, known: Any) -> None:
+    """Refuse a value that is none of those known."""
     if not holds:
         raise UsageError(f"{name} {shown(value)} is not supported; expected one of {', '.join(known)}")
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    # NumPy's numbers are of these abstract kinds too; a boolean is one that nobody means.
+def check_dtype(dtype: Any) -> None:
+    """Refuse what is no type of floating-point numbers."""
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    require(floating, "dtype", dtype, ("jnp.float32", "jnp.bfloat16", "jnp.float16"))
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Say whether a value is a number within bounds; a boolean is one that nobody means."""
+    # NumPy's numbers are of these abstract kinds too.
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # pyright: ignore
 
 
-def _is_integer(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, numbers.Integral) and _is_number(value, low, high)
+def is_integer(value: Any, low: int, high: int) -> bool:
+    """Say whether a value is a whole number within bounds."""
+    return isinstance(value, numbers.Integral) and is_number(value, low, high)
 
 
 def _check(family: str, field: str, value: Any) -> None:
     """Refuse a field that is no number of its kind, or out of its bounds."""
     if field in _INTEGERS:
         low, high = _INTEGERS[field]
-        holds, expected = _is_integer(value, low, high), f"an integer from {low} to {high}"
+        holds, expected = is_integer(value, low, high), f"an integer from {low} to {high}"
     else:
         low, high = _NUMBERS[field]
-        holds = _is_number(value, low, high)
+        holds = is_number(value, low, high)
         expected = f"a number from {low:g} to {'below 1' if high == _RATE[1] else f'{high:g}'}"
     if not holds:
         raise UsageError(f"{_said(family, field)} is {shown(value)}; expected {expected}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxprune.errors import UsageError, clipped
 from jaxprune.models.config import EncoderConfig
+from jaxprune.models.decoder_config import DecoderConfig
 from jaxprune.models.weights import TYPES, Stored
 
 
@@ -173,16 +174,22 @@ def convert(
     rest = [name for name in stripped if name not in used]
     ignored = tuple(name for name in rest if re.fullmatch(IGNORED[config.family], name))
     problems += [(name, "is unexpected") for name in rest if name not in ignored]
-    if problems:
-        lines = _fold_layers(problems)
-        if len(lines) > SHOWN:
-            lines = [*lines[: SHOWN - 1], "and so on"]
-        raise UsageError(
-            f"the weights in {origin} do not fit its config.json ({config.family}, {config.num_layers} layers of "
-            f"width {config.hidden_size}): {len(problems)} mismatches: " + "; ".join(clipped(line) for line in lines)
-        )
+    refuse(problems, origin, config)
     arrays = {path: _read(value, transpose) for path, (value, transpose) in chosen.items()}
     return Converted(arrays, tuple(initialised), ignored, tuple(notes))
+
+
+def refuse(problems: list[tuple[str, str]], origin: str, config: EncoderConfig | DecoderConfig) -> None:
+    """Raise where there are mismatches, each (array of the checkpoint, what is wrong with it)."""
+    if not problems:
+        return
+    lines = _fold_layers(problems)
+    if len(lines) > SHOWN:
+        lines = [*lines[: SHOWN - 1], "and so on"]
+    raise UsageError(
+        f"the weights in {origin} do not fit its config.json ({config.family}, {config.num_layers} layers of "
+        f"width {config.hidden_size}): {len(problems)} mismatches: " + "; ".join(clipped(line) for line in lines)
+    )
 
 
 def _read(stored: Stored, transpose: bool) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models.config import FAMILIES, EncoderConfig
 from jaxprune.models.convert import classifier_torch_paths, convert
 from jaxprune.models.encoder import SequenceClassifier
-from jaxprune.models.hub import resolve
+from jaxprune.models.hub import refuse_gguf, resolve
 from jaxprune.models.weights import open_weights
 from jaxprune.sites import flatten, unflatten
 
@@ -82,7 +82,7 @@ def load_classifier(
         raise UsageError(f"num_labels={num_labels} with regression=True; a regression has num_labels=1")
     source = resolve(name_or_path, revision)
     EncoderConfig(num_labels=num_labels, dtype=dtype)  # refuses the caller's own before a file is blamed
-    config = _read_config(source.folder, num_labels, dtype)
+    config = _read_config(refuse_gguf(source), num_labels, dtype)
     stored = open_weights(source.folder)
     if config.num_layers > len(stored):  # which are found out before they are built
         raise UsageError(

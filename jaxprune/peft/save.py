@@ -20,7 +20,7 @@ from jaxprune.errors import UsageError, shown
 from jaxprune.files import checked_path, new_folder
 from jaxprune.peft.load import load_peft, read_folder
 from jaxprune.peft.names import CONFIG, PREFIX, TENSORS, TorchPaths, ancestors, saved_whole, torch_name
-from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten, leaf_at, split, stacked_axes
+from jaxprune.sites import DEFAULT_EXCLUDE, Site, flatten, leaf_at, stacked_axes
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # PEFT takes these modules for trained heads, whatever the configuration says, and cannot load a folder without them.
@@ -152,10 +152,11 @@ def save_peft(
 def _check_linear(loras: Mapping[str, Lora], leaves: Mapping[str, Any]) -> None:
     """Refuse the adapter of an embedding or of a convolution: PEFT has other tensors there than for a linear layer."""
     for path, adapter in loras.items():
-        leaf = leaf_at(leaves, path)
-        if leaf is None:
+        found = leaf_at(leaves, path)
+        if found is None:
             continue
-        stacked, shape = stacked_axes(split(path)[1]), leaves[leaf].shape
+        leaf, index = found
+        stacked, shape = stacked_axes(index), leaves[leaf].shape
         own = [size for axis, size in enumerate(shape) if axis not in stacked]
         embedding = leaf.endswith("/embedding")
         if embedding or (len(own) > 2 and own[0] != adapter.a.shape[0]):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.errors import UsageError, nearest, shown
 from jaxprune.inputs import check_sites
 from jaxprune.scores.tap import mean_absolute, mean_squared, mean_top10, taps
-from jaxprune.sites import Site, flatten, layer_of, leaf_at, split
+from jaxprune.sites import Site, flatten, layer_of, leaf_at
 
 SCORES = ("absolute", "squared", "weight", "activation", "top10")
 _REDUCE = {"absolute": mean_absolute, "squared": mean_squared, "top10": mean_top10, "activation": None}
@@ -65,10 +65,10 @@ def site_scores(
         raise UsageError(
             f"score {shown(kind)} is not known; expected one of {', '.join(SCORES)}; nearest: {nearest(str(kind), SCORES, 1)}"
         )
-    sites, leaves = kernels_of(params, sites)
+    sites, kernels = kernels_of(params, sites)
     if kind == "weight":
-        kernels = {path: layer_of(leaf, split(path)[1]) for path, leaf in leaves.items()}
-        return {path: float(jnp.mean(jnp.abs(kernel.astype(jnp.float32)))) for path, kernel in kernels.items()}
+        mean = lambda kernel: float(jnp.mean(jnp.abs(kernel.astype(jnp.float32))))  # noqa: E731
+        return {path: mean(layer_of(leaf, index)) for path, (leaf, index) in kernels.items()}
     probes, loss = taps(sites, _REDUCE[kind]), loss_of(forward, loss_fn)
 
     @jax.jit
@@ -82,12 +82,12 @@ def site_scores(
 
 
 def kernels_of(params: Mapping[str, Any], sites: Sequence[Site]) -> tuple[tuple[Site, ...], dict[str, Any]]:
-    """Return the sites, checked, and the leaf of each by its path; a site without one is a UsageError."""
+    """Return the sites, checked, and the leaf of each with the index into it, by its path; one without is a UsageError."""
     sites, flat = check_sites(sites), flatten(params)
-    leaves = {s.path: leaf_at(flat, s.path) for s in sites}
-    if lost := [path for path, leaf in leaves.items() if leaf is None]:
+    places = {s.path: leaf_at(flat, s.path) for s in sites}
+    if lost := [path for path, place in places.items() if place is None]:
         raise UsageError(f"site {lost[0]!r} is not in the parameters; take the sites from find_sites(params)")
-    return sites, {path: flat[leaf] for path, leaf in leaves.items() if leaf}
+    return sites, {path: (flat[place[0]], place[1]) for path, place in places.items() if place}
 
 
 def loss_of(forward: Callable[..., Any], loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, drop, matmul
+from jaxprune.adapters.base import Array, base, drop
 from jaxprune.adapters.channel import MaskedDora
 from jaxprune.adapters.lora import Lora
 from jaxprune.errors import UsageError
@@ -81,7 +81,7 @@ class GradientProbe:
         dropped = drop(x_NxI, self.dropout, key)
         a = self.lora.a * (self.lora.scale if mask is None else self.lora.scale * mask)
         y_NxO: Array = _watch_gradient(self.reduce, self.lora.product(dropped, mask), dropped, a, self.lora.b, self.tau)
-        return matmul(x_NxI, kernel_IxO) + y_NxO
+        return base(x_NxI, kernel_IxO) + y_NxO
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         """Return W + s (A * m) B."""
@@ -112,7 +112,7 @@ class InputProbe:
         """Return x W + s ((dropout(x) A) * m) B."""
         dropped = drop(x_NxI, self.dropout, key)
         y_NxO: Array = _watch_input(self.reduce, self.lora.product(dropped, mask), dropped, self.lora.a, self.tau)
-        return matmul(x_NxI, kernel_IxO) + y_NxO
+        return base(x_NxI, kernel_IxO) + y_NxO
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:
         """Refuse: a merged kernel has no tokens to measure."""

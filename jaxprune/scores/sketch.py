@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.adapters.base import Array, key_for, matmul
+from jaxprune.adapters.base import Array, base, key_for
 from jaxprune.checks import Range, whole
 from jaxprune.errors import UsageError
 from jaxprune.inputs import some
@@ -140,7 +140,7 @@ class SketchTap:
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W."""
-        y_NxO: Array = _watch_product(matmul(x_NxI, kernel_IxO), x_NxI, self.tau, self.drawn)
+        y_NxO: Array = _watch_product(base(x_NxI, kernel_IxO), x_NxI, self.tau, self.drawn)
         return y_NxO
 
     def merge(self, kernel: Array, mask: Array | None) -> Array:

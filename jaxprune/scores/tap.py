@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxprune.adapters.base import Array, matmul
+from jaxprune.adapters.base import Array, base, matmul
 from jaxprune.sites import Site
 
 Reduce = Callable[[Array, Array], Array]
@@ -97,7 +97,7 @@ class ActivationTap:
 
     def linear(self, x_NxI: Array, kernel_IxO: Array, mask: Array | None, key: Array | None) -> Array:
         """Return x W."""
-        return _identity(_absolute_values, matmul(x_NxI, kernel_IxO), self.tau)
+        return _identity(_absolute_values, base(x_NxI, kernel_IxO), self.tau)
 
     def count(self, mask: Array | None) -> int:
         """Count nothing: a tap trains nothing."""
