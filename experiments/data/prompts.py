@@ -6,7 +6,10 @@ The Stanford template is that of R. Taori et al., Stanford Alpaca, 2023, byte fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from jaxprune.models.tokenizer import Tokenizer
 
 
 class Template(NamedTuple):
@@ -28,11 +31,11 @@ TEMPLATES: dict[str, Template | None] = {
 }
 
 
-def prompt(tokenizer: Any, template: str, instruction: str, given: str = "") -> str:
+def prompt(tokenizer: Tokenizer, template: str, instruction: str, given: str = "") -> str:
     r"""Return the text up to where the response begins.
 
     Args:
-      tokenizer: of `jaxprune.models.tokenizer`; only its chat template is used.
+      tokenizer: whose chat template may be used.
       template: a key of `TEMPLATES`. In a chat the input stands after an empty line in the message of the user.
       instruction: what to do.
       given: the input; empty for none.
@@ -44,7 +47,7 @@ def prompt(tokenizer: Any, template: str, instruction: str, given: str = "") -> 
     return (form.with_input if given else form.without_input).format(instruction=instruction, input=given)
 
 
-def prompt_tokens(tokenizer: Any, template: str, rows: Sequence[tuple[str, str]]) -> list[list[int]]:
+def prompt_tokens(tokenizer: Tokenizer, template: str, rows: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Return the tokens of the prompts of (instruction, input), as training and generation both have them.
 
     A chat template writes its first special token itself; before another template the tokenizer puts it.
@@ -53,7 +56,7 @@ def prompt_tokens(tokenizer: Any, template: str, rows: Sequence[tuple[str, str]]
     return tokenizer.encode_batch(texts, special=TEMPLATES[template] is not None)
 
 
-def response_tokens(tokenizer: Any, responses: Sequence[str]) -> list[list[int]]:
+def response_tokens(tokenizer: Tokenizer, responses: Sequence[str]) -> list[list[int]]:
     """Return the tokens of responses and the one that ends each.
 
     They are cut apart from the prompt's: joined texts may have a token across the boundary (a colon and the quote behind it),

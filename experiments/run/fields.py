@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from experiments.data.prompts import TEMPLATES
 from jaxprune.checks import HostOnly, OneOf, Range
 from jaxprune.methods import DEFAULT
+from jaxprune.models.decoder_config import REMAT
 
 # What these stand for is decided late, so that a preset can set every one: None means that nothing was said.
 Whole = Annotated[int | None, Range(1)]
@@ -85,7 +86,7 @@ class Common:
     dtype: Literal["float32", "bfloat16"] | None = _flag(
         "training", "what the model computes in; parameters stay float32"
     )
-    remat: Literal["none", "dots", "names", "full"] | None = _flag(
+    remat: Annotated[str, OneOf(REMAT)] | None = _flag(
         "training", "what is computed again in the backward pass to save memory", of_task=True
     )
     chunk: Whole = _flag("training", "tokens of a row whose logits are made at once", of_task=True)

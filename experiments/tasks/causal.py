@@ -17,6 +17,8 @@ from experiments.data.prompts import TEMPLATES, prompt_tokens, response_tokens
 from experiments.data.rows import Rows
 from experiments.data.tokens import Encoded
 from jaxprune.errors import UsageError
+from jaxprune.models.decoder_weights import PretrainedDecoder, load_decoder, save_decoder
+from jaxprune.models.tokenizer import Tokenizer, load_tokenizer
 
 _FREE = ("loss", "perplexity", "token_accuracy", "exact_match")
 
@@ -43,7 +45,7 @@ class Causal:
     validation_file: Path | None = None
     template: str = "alpaca"
     remat: str = "none"
-    chunk: int = 512
+    chunk: int = 128
     validation = ("validation",)
     program = "experiments.alpaca"
     pipeline = "text-generation"
@@ -70,21 +72,16 @@ class Causal:
             found = alpaca.load(self.name, data_dir, self.train_file, self.validation_file)
         return {**found, "train": found["train"].first(most)}
 
-    def load(self, model: str, dtype: Any, seed: int) -> Any:
+    def load(self, model: str, dtype: Any, seed: int) -> PretrainedDecoder:
         """Load a decoder, which has all the weights that the task needs."""
-        from jaxprune.models import load_decoder
-
-        return load_decoder(model, dtype=jnp.dtype(dtype), remat=self.remat, chunk=self.chunk)
+        return load_decoder(model, dtype=jnp.dtype(dtype), remat=self.remat, loss_chunk=self.chunk)
 
     def encode(self, rows: Rows, model: Any, max_length: int) -> Encoded:
         """Turn rows into the tokens of prompt, response and its end; the latter two are predicted, with type 1.
 
         A response is cut where `max_length` ends. A prompt that fills it alone leaves nothing to predict: it is left out.
         """
-        from jaxprune.models.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(model.source)
-        encoded = encode(rows, tokenizer, self.template, max_length)
+        encoded = encode(rows, load_tokenizer(model.source), self.template, max_length)
         if (largest := int(encoded.ids.max())) >= model.config.vocab_size:
             raise UsageError(
                 f"the tokenizer of {str(model.folder)!r} makes token {largest}, where the model has "
@@ -133,9 +130,7 @@ class Causal:
 
     def save(self, folder: Path, config: Any, params: Any, tokenizer: Path, beside: Mapping[str, bytes]) -> None:
         """Write a checkpoint as `transformers` does."""
-        from jaxprune.models import save_decoder
-
-        save_decoder(folder, config, params, tokenizer=tokenizer, beside=beside)
+        save_decoder(folder, config, params, beside={**load_tokenizer(tokenizer).files(), **beside})
 
     def reading(self, base_model: str | None, max_length: int, dtype: str) -> dict[str, bytes]:
         """Return the file that says how an instruction is put to the model."""
@@ -156,12 +151,12 @@ python -m jaxprune generate "THIS FOLDER" "..."
 ```"""
 
 
-def encode(rows: Rows, tokenizer: Any, template: str, max_length: int) -> Encoded:
+def encode(rows: Rows, tokenizer: Tokenizer, template: str, max_length: int) -> Encoded:
     """Turn rows into tokens; see `Causal.encode`.
 
     Args:
       rows: with the texts instruction, input and output.
-      tokenizer: of `jaxprune.models.tokenizer`.
+      tokenizer: the model's.
       template: a key of `TEMPLATES`.
       max_length: most tokens of an example.
 
@@ -251,7 +246,7 @@ def _read(apply: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Ar
 
 BUILT_IN, FILES = "instructions", "alpaca"
 # A first run on two cores is short.
-DEFAULTS = dict(max_length=256, epochs=1, batch_size=16, learning_rate=5e-4, template="alpaca", remat="none", chunk=512)
+DEFAULTS = dict(max_length=256, epochs=1, batch_size=16, learning_rate=5e-4, template="alpaca", remat="none", chunk=128)
 TASKS = {
     task.name: task
     for task in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_built_in_rows_need_no_files(tmp_path):
     with pytest.raises(
         UsageError, match="instructions is built in and reads no files, got --data-dir '.*'; leave it out"
     ):
-        get_task("instructions").rows(tmp_path)
+        get_task("instructions").rows(tmp_path, None)
     chosen = RunConfig.of(task="instructions", train_file=tmp_path / "a.json").resolve().chosen()
     with pytest.raises(UsageError, match="reads no files, got --train-file"):
         chosen.check_files(None)
@@ -150,7 +151,7 @@ def test_built_in_rows_need_no_files(tmp_path):
 def test_what_stands_where_nothing_is_said():
     config = parse_run([], "experiments.alpaca").resolve()
     assert (config.task, config.model) == ("instructions", "HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert (config.template, config.remat, config.chunk) == ("alpaca", "none", 512)
+    assert (config.template, config.remat, config.chunk) == ("alpaca", "none", 128)
     other = parse_run([], "experiments.glue").resolve()
     assert (other.task, other.model) == ("grammar", "sentence-transformers/all-MiniLM-L6-v2")
     assert other.template is other.remat is other.chunk is None
@@ -159,7 +160,7 @@ def test_what_stands_where_nothing_is_said():
 
 def test_the_task_gets_the_flags_of_its_program(tmp_path):
     flags = ["--task", "alpaca", "--train-file", "~/a.json", "--template", "chat", "--remat", "full", "--chunk", "64"]
-    chosen = parse_run(flags, "experiments.alpaca").resolve().chosen()
+    chosen: Any = parse_run(flags, "experiments.alpaca").resolve().chosen()
     assert (chosen.train_file, chosen.template) == (Path("~/a.json").expanduser(), "chat")
     assert (chosen.remat, chosen.chunk, chosen.validation_file) == ("full", 64, None)
     rte = RunConfig.of(task="rte").resolve()

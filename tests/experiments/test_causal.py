@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxprune as jp
 from experiments.data import packing
 from experiments.data.packing import Batches, evaluation_batches, single_example_batches
 from experiments.data.prompts import TEMPLATES, prompt
@@ -19,6 +23,8 @@ from experiments.data.rows import Rows
 from experiments.data.tokens import Encoded
 from experiments.tasks import causal, get_task
 from jaxprune.errors import UsageError
+from jaxprune.models.decoder_config import DecoderConfig
+from jaxprune.models.decoder_weights import init_decoder
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \
@@ -314,6 +320,77 @@ def test_other_tasks_have_no_such_places():
     encoded = examples(5)
     plain = Encoded(encoded.ids, encoded.type_ids, encoded.offsets, encoded.labels)
     assert "predicted" not in Batches(plain, 4, 0).batch(0, 0) and "predicted" not in single_example_batches(plain, 3)
+
+
+# With the library's own decoder and tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tokenizer, tmp_path_factory):
+    """A whole model folder: that tokenizer, a configuration and random weights."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("decoder")
+    names = dict(
+        bos_token="<s>", eos_token="</s>", chat_template="{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.inner, **names).save_pretrained(folder / "words")
+    config = DecoderConfig(
+        vocab_size=400,
+        hidden_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=12,
+        intermediate_size=32,
+        tied=True,
+    )
+    params = init_decoder(dataclasses.replace(config, initializer_range=0.3))[1]
+    causal.Causal("x").save(folder / "model", config, params, folder / "words", {"README.md": b"x"})
+    return folder / "model"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_step_of_a_decoder_is_that_of_examples_alone(tiny_decoder, template):
+    """Loss and gradients of packed microbatches, against one example at a time with all its logits."""
+    task = causal.Causal("x", template=template, chunk=5)
+    model = task.load(str(tiny_decoder), "float32", 0)
+    texts = [
+        ("Sort.", "b, a", "a, b"),
+        ("Greet.", "", "Hello there!"),
+        ("Say yes.", "", '"yes"'),
+        ("Count.", "a b c", "3"),
+    ]
+    encoded = task.encode(rows(*texts), model, 200)
+    batch: Any = task.finish(Batches(encoded, 4, 0, microbatches=2).batch(0, 0))
+    forward, ranks = jp.attach(model.model), {site.path: 2 for site in model.sites()}
+    adapters, masks = jp.init_lora(jax.random.key(0), model.sites(), ranks)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+
+    def apart(adapters):
+        nll, tokens = 0.0, 0
+        for start, end in itertools.pairwise(encoded.offsets):
+            ids, predicted = encoded.ids[None, start:end], np.flatnonzero(encoded.type_ids[start:end])
+            logits = forward(model.params, adapters, masks, jnp.asarray(ids))[0]
+            nll -= log_softmax(logits)[predicted - 1, ids[0, predicted]].sum()
+            tokens += len(predicted)
+        return nll / tokens
+
+    def packed(adapters):
+        apply = functools.partial(forward, model.params, adapters, masks)
+        return sum(task.loss(apply, part, None) for part in parts(batch)) / 2
+
+    for one, other in zip(
+        *map(jax.tree.leaves, (jax.value_and_grad(f)(adapters) for f in (apart, packed))), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-5)
+    # A checkpoint of a larger vocabulary than its model's has no vectors for some tokens.
+    with pytest.raises(
+        UsageError, match="makes token .*, where the model has 100; get a tokenizer and a model that belong"
+    ):
+        task.encode(
+            rows(*texts), dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=100)), 200
+        )
 
 
 # What is left behind
