@@ -17,7 +17,7 @@ from experiments.data.prompts import TEMPLATES, prompt_tokens, response_tokens
 from experiments.data.rows import Rows
 from experiments.data.tokens import Encoded
 from jaxprune.errors import UsageError
-from jaxprune.models.decoder_weights import PretrainedDecoder, load_decoder, save_decoder
+from jaxprune.models.decoder_weights import load_decoder, save_decoder
 from jaxprune.models.tokenizer import Tokenizer, load_tokenizer
 
 _FREE = ("loss", "perplexity", "token_accuracy", "exact_match")
@@ -72,7 +72,7 @@ class Causal:
             found = alpaca.load(self.name, data_dir, self.train_file, self.validation_file)
         return {**found, "train": found["train"].first(most)}
 
-    def load(self, model: str, dtype: Any, seed: int) -> PretrainedDecoder:
+    def load(self, model: str, dtype: Any, seed: int) -> Any:
         """Load a decoder, which has all the weights that the task needs."""
         return load_decoder(model, dtype=jnp.dtype(dtype), remat=self.remat, loss_chunk=self.chunk)
 
