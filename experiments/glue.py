@@ -13,19 +13,19 @@ PROGRAM = "experiments.glue"
 
 def main(arguments: list[str]) -> None:
     """Run what the command line asks for."""
-    from experiments.run.config import DEFAULT_MODEL  # here, as importing takes seconds
-    from experiments.run.console import say
+    from experiments.run.console import say  # here, as importing takes seconds
     from experiments.run.flags import parse_run
     from experiments.run.loop import run
-    from experiments.tasks import DEFAULT_TASK
+    from experiments.tasks import PROGRAMS
 
     config = parse_run(arguments, PROGRAM)
     config.resolve()  # a wrong value is said alone
     if config.model is None and config.task is None:
+        task, model, _ = PROGRAMS[PROGRAM]
         say(
             "default",
-            f"no --model and no --task: fine-tuning {DEFAULT_MODEL} on the built-in task {DEFAULT_TASK} (is a sentence good "
-            f"English?); the paper's setting: python -m {PROGRAM} --model FacebookAI/roberta-base --task mrpc --preset paper",
+            f"no --model and no --task: fine-tuning {model} on the built-in task {task} (is a sentence good English?); "
+            f"the paper's setting: python -m {PROGRAM} --model FacebookAI/roberta-base --task mrpc --preset paper",
         )
     run(config)
 

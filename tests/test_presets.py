@@ -213,12 +213,83 @@ def test_dylora_and_what_there_is():
     assert preset("paper", "dylora", "cola") == dict(learning_rate=0.0004, epochs=80, weight_decay=0.1, alpha=16)
     methods = {preset: sorted(tables) for preset, tables in PRESETS.items()}
     assert methods == {
-        "paper": ["adalora", "channelmask", "dplora", "dylora", "full", "g2r2", "oplora", "prunedlora", "sora"],
+        "paper": ["adalora", "channelmask", "dplora", "dylora", "full", "g2r2", "lora", "oplora", "prunedlora", "sora"],
         "efficiency": ["dplora", "lora", "oplora"],
         "released": ["dplora", "oplora"],
+        **{f"released-{size}": ["dplora", "oplora"] for size in ("1b", "3b", "8b")},
     }
-    all_tasks = [set(table) for tables in PRESETS.values() for method, table in tables.items() if method != "dylora"]
-    assert all(tasks == set(TASKS) for tasks in all_tasks)
+    decoders = {("paper", method) for method in ("dplora", "lora", "oplora")}
+    for name, tables in PRESETS.items():
+        for method, table in tables.items():
+            glue = (
+                set(TASKS) if "-" not in name and (name, method) != ("paper", "lora") and method != "dylora" else set()
+            )
+            assert method == "dylora" or set(table) - {"alpaca"} == glue
+            assert ("alpaca" in table) == ((name, method) in decoders or "-" in name)
+
+
+# Table 15, and what the released scripts set for Llama 3.2 1B and 3B and Llama 3 8B, in the units that are printed there.
+TABLE_15 = """
+           OPLoRA  DPLoRA   LoRA
+batch      2       2        2
+lr         1.0e-4  1.0e-4   1.0e-4
+epochs     5       5        5
+decay      0.08    0.08     0.08
+clip       0.612   0.612    0.612
+length     256     256      256
+warmup     0.044   0.044    0.044
+dropout    0.069   0.069    0.069
+parts      16      16       16
+budget     40e6    40e6     -
+events     -       10       -
+p          -       0.8      -
+ema        -       0.015    -
+momentum   -       0.809    -
+recovery   -       100      -
+"""
+SCRIPTS = """
+        batch  parts  lr     epochs  decay  clip   warmup  ema   momentum  stability  dropout  budget
+1b      2      8      2.7e-4  5      .141   1.374  .059    .274  .084      .151       .207     5.55e6
+3b      4      16     3e-5    18     .037   1.184  .071    .056  .605      .025       .252     11.85e6
+8b      1      16     3.4e-5  7      .03    1.287  .073    .147  .296      .07        .179     20.5e6
+"""
+NAMED = dict(
+    lr="learning_rate", epochs="epochs", decay="weight_decay", clip="max_grad_norm", length="max_length", warmup="warmup",
+    dropout="dropout", parts="accumulate", budget="budget", events="events", p="target", ema="ema_decay",
+    momentum="momentum", stability="stability", recovery="recovery_steps",
+)  # fmt: skip
+
+
+def of_decoders(name, method):
+    config = RunConfig.of(preset=name, method=method, task="alpaca").resolve()
+    return {**config.settings, **config.plain()}, config
+
+
+@pytest.mark.parametrize(("column", "method"), [(1, "oplora"), (2, "dplora"), (3, "lora")])
+def test_table_15(column, method):
+    printed = {line.split()[0]: line.split()[column] for line in TABLE_15.strip().splitlines()[1:]}
+    found, config = of_decoders("paper", method)
+    assert found["batch_size"] == int(printed.pop("batch")) * int(printed["parts"]) == 32
+    assert found["schedule"] == "cosine" and found["template"] == "alpaca"
+    # The paper counts each parameter twice.
+    expected = {NAMED[row]: float(text) / (2 if row == "budget" else 1) for row, text in printed.items() if text != "-"}
+    assert {name: found[name] for name in expected} == expected
+    assert {NAMED[row] for row, text in printed.items() if text == "-"}.isdisjoint(config.settings)
+    assert config.settings.get("rank") == (8 if method == "lora" else None)
+
+
+@pytest.mark.parametrize("method", ["oplora", "dplora"])
+@pytest.mark.parametrize("size", ["1b", "3b", "8b"])
+def test_the_released_scripts_for_decoders(size, method):
+    names, *lines = (line.split() for line in SCRIPTS.strip().splitlines())
+    (given,) = (dict(zip(names, map(float, line[1:]), strict=True)) for line in lines if line[0] == size)
+    found, _ = of_decoders(f"released-{size}", method)
+    assert found["batch_size"] == given.pop("batch") * given["parts"]
+    pruned = ("ema", "momentum", "stability")
+    expected = {NAMED[row]: value for row, value in given.items() if method == "dplora" or row not in pruned}
+    assert {name: found[name] for name in expected} == expected
+    assert (found["schedule"], found["max_length"], found["score"]) == ("cosine", 512, "squared")
+    assert method == "oplora" or (found["target"], found["events"]) == (0.6, 10)
 
 
 @pytest.mark.parametrize(("layers", "heads", "parameters"), [(6, 12, 165_888), (12, 12, 331_776)])

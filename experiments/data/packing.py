@@ -29,6 +29,7 @@ Shape = tuple[int, int]
 # Row length at which attention costs as much as everything else: it took 18 % of a MiniLM step at length 64.
 _ATTENTION = 300
 _MULTIPLE = 8  # row lengths, for aligned memory
+_PREDICTED = 32  # places for predicted tokens in a row
 _SAMPLE = 131072  # examples in the batches that decide the shapes, as in 4096 batches of 32
 _WORTH = 0.02  # a further shape must save this much, or it does not earn its compilation
 _SAMPLE_SEED = 0x5EED
@@ -45,6 +46,9 @@ class Batches:
     - `labels`: `(B, ...)`, int32 or, for regression, float32.
     - `weights`: float32 `(B,)`, 1 for an example and 0 for a filler in the last batch of an epoch, whose first token
       is 0.
+    - `predicted`, where the examples say which of their tokens the model learns to predict: int32 `(R, S)`, where these
+      stand in each row, and 0, a place that none of them has, behind the last. S is a multiple of 32 and the same in all
+      batches, as no rows of these examples can need more.
 
     With `microbatches=k` every array has a leading axis k and B is `batch_size / k`. Fillers may make up a whole
     microbatch, so sum losses and weights over the k and divide once.
@@ -146,6 +150,11 @@ class Batches:
         computed = sizes[np.searchsorted(edges, self._levels(self._order(0)))].sum() * self.microbatches
         return float(computed / self._lengths.sum())
 
+    @cached_property
+    def room(self) -> int:
+        """Return S, the places for predicted tokens in a row."""
+        return _room(self._lengths, _predicted(self._encoded), self.shapes[-1][1] if self.pack else None)
+
     @property
     def _side(self) -> int:
         """Return which number of a shape varies: the rows when packed, else the length."""
@@ -234,7 +243,7 @@ class Batches:
         batch = _empty(shape, len(part), self._encoded.labels)
         for i, row, column, segment in where:
             _write(batch, self._encoded, int(part[i]), i, row, column, segment)
-        return batch
+        return _marked(batch, self.room) if self._encoded.predicts else batch
 
 
 def evaluation_batches(splits: Mapping[str, Encoded], batch_size: int, *, pack: bool = True) -> dict[str, Batches]:
@@ -253,6 +262,9 @@ def evaluation_batches(splits: Mapping[str, Encoded], batch_size: int, *, pack: 
     lengths = np.concatenate([batches._lengths for batches in made.values()])
     for batches in made.values():
         batches.shapes = _choose_shapes(parts, lengths, 1, pack)
+    room = max(batches.room for batches in made.values())
+    for batches in made.values():
+        batches.room = room
     return made
 
 
@@ -264,7 +276,8 @@ def single_example_batches(encoded: Encoded, n: int) -> Batch:
         n: how many; fewer if there are fewer.
 
     Returns:
-        a batch with leading axis n: tokens `(n, 1, T)`, `labels`, `weights` and `first_tokens` `(n, 1)`.
+        a batch with leading axis n: tokens `(n, 1, T)`, `labels`, `weights` and `first_tokens` `(n, 1)`, `predicted`
+        `(n, 1, S)` where there is any.
     """
     n = min(n, len(encoded))
     if n < 1:
@@ -274,6 +287,8 @@ def single_example_batches(encoded: Encoded, n: int) -> Batch:
     for i in range(n):
         _write(batch, encoded, i, i, i, 0, 1)
     batch["first_tokens"][:] = 0
+    if encoded.predicts:
+        batch = _marked(batch, _room(np.diff(encoded.offsets), _predicted(encoded)[:n], None))
     return {key: x[:, None] for key, x in batch.items()}
 
 
@@ -362,8 +377,37 @@ def _levels(parts: np.ndarray, length: int | None) -> np.ndarray:
     return (free < length).sum(1).reshape(parts.shape[:2]).max(1)
 
 
-def _round_up(length):
-    return -(-length // _MULTIPLE) * _MULTIPLE
+def _round_up(length, multiple=_MULTIPLE):
+    return -(-length // multiple) * multiple
+
+
+def _predicted(encoded: Encoded) -> np.ndarray:
+    """Return how many tokens of each example are predicted."""
+    return np.add.reduceat(encoded.type_ids, encoded.offsets[:-1], dtype=np.int64)
+
+
+def _room(lengths: np.ndarray, predicted: np.ndarray, length: int | None) -> int:
+    """Return the most predicted tokens that a row of `length` tokens can hold, rounded up; None for one example a row.
+
+    A knapsack, exact: best(c) = max over examples of predicted_i + best(c - length_i). Of examples of one length no more than
+    fit into a row side by side can matter, those that predict most.
+    """
+    if length is None:
+        return _round_up(int(predicted.max()), _PREDICTED)
+    best = np.zeros(length + 1, np.int64)
+    for size in np.unique(lengths).tolist():
+        for gain in np.sort(predicted[lengths == size])[::-1][: length // size].tolist():
+            best[size:] = np.maximum(best[size:], best[: length + 1 - size] + gain)
+    return _round_up(int(best[-1]), _PREDICTED)
+
+
+def _marked(batch: Batch, room: int) -> Batch:
+    """Add where the predicted tokens stand in each row."""
+    rows, columns = np.nonzero(batch["token_type_ids"])
+    before = np.searchsorted(rows, rows)  # as `nonzero` goes row by row
+    predicted = np.zeros((len(batch["input_ids"]), room), np.int32)
+    predicted[rows, np.arange(len(rows)) - before] = columns
+    return {**batch, "predicted": predicted}
 
 
 def _empty(shape: Shape, examples: int, labels: np.ndarray) -> Batch:

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,18 +32,25 @@ class Rows:
         texts: one list of n strings for each text column.
         labels: `(n,)`, int32 or, for regression, float32.
         source: the file, for messages.
+        notes: one line for each thing that people should know of it.
     """
 
     texts: tuple[list[str], ...]
     labels: np.ndarray
     source: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, n: int | None) -> Rows:
         """Return the first `n` rows; all of them for None."""
-        return self if n is None else Rows(tuple(column[:n] for column in self.texts), self.labels[:n], self.source)
+        return self if n is None else self.at(slice(n))
+
+    def at(self, where: Any) -> Rows:
+        """Return the rows that a slice or an array of indices names."""
+        texts = tuple(np.array(column, object)[where].tolist() for column in self.texts)
+        return replace(self, texts=texts, labels=self.labels[where])
 
 
 class Table(Protocol):
@@ -80,8 +87,11 @@ def load_rows(task: Table, data_dir: str | os.PathLike[str] | None = None) -> di
     """
     files = find_files(task, data_dir)
     if files is None:
-        return _from_hub(task)
-    return {split: _check(task, _read_all(task, paths), str(paths[0])) for split, paths in files.items()}
+        assert task.hub
+        tables = from_hub(task.hub, task.name, task.splits)
+        return {split: _check(task, table, f"{task.hub}:{split}") for split, table in tables.items()}
+    columns = (*task.texts, "label")
+    return {split: _check(task, read_columns(paths, columns), str(paths[0])) for split, paths in files.items()}
 
 
 # Files
@@ -110,7 +120,7 @@ def _split_files(task: Table, folder: Path) -> dict[str, list[Path]]:
         )
     nested = [folder / task.name, folder / "glue" / task.name, folder]
     for candidate in nested:
-        found = {split: _find(candidate, split) for split in task.splits}
+        found = {split: find_split(candidate, split) for split in task.splits}
         if any(found.values()):
             missing = [split for split, paths in found.items() if not paths]
             if missing:
@@ -125,8 +135,8 @@ def _split_files(task: Table, folder: Path) -> dict[str, list[Path]]:
     )
 
 
-def _find(folder: Path, split: str) -> list[Path]:
-    """Return `<split>.<format>`, or the Hub's `<split>-00000-of-00001.<format>`, all of them."""
+def find_split(folder: Path, split: str) -> list[Path]:
+    """Return `<split>.<format>`, or the Hub's `<split>-00000-of-00001.<format>`, all of them; nothing where there is none."""
     if not os.path.isdir(folder):
         return []
     whole = [path for path in (folder / f"{split}{ending}" for ending in _FORMATS) if os.path.isfile(path)]
@@ -150,19 +160,19 @@ def _find(folder: Path, split: str) -> list[Path]:
     return [path for _, _, path in shards]
 
 
-def _read_all(task: Table, paths: list[Path]) -> dict[str, list[Any]]:
-    """Return column name -> values of a file and its further shards."""
-    tables = [_read(task, path) for path in paths]
+def read_columns(paths: Sequence[Path], columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Return column name -> values of a file and its further shards; of columns other than `columns` the names alone may do."""
+    tables = [_read(columns, path) for path in paths]
     for path, table in zip(paths, tables, strict=True):
         if set(table) != set(tables[0]):
             raise UsageError(f"{path}: columns {_names(table)} differ from {_names(tables[0])} in {paths[0].name}")
     return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
-def _read(task: Table, path: Path) -> dict[str, list[Any]]:
+def _read(columns: Sequence[str], path: Path) -> dict[str, list[Any]]:
     """Return column name -> values; whatever is wrong with the file becomes one line."""
     if path.suffix == ".parquet":
-        return _read_parquet(task, path)
+        return _read_parquet(columns, path)
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -175,8 +185,8 @@ def _read(task: Table, path: Path) -> dict[str, list[Any]]:
     return _parse_json(path, text) if ending in ("json", "jsonl") else _parse_csv(path, text, ending == "tsv")
 
 
-def _read_parquet(task: Table, path: Path) -> dict[str, list[Any]]:
-    """Read the task's columns; of the others, which may hold what Python cannot, the names alone."""
+def _read_parquet(columns: Sequence[str], path: Path) -> dict[str, list[Any]]:
+    """Read `columns`; of the others, which may hold what Python cannot, the names alone."""
     import pyarrow
     import pyarrow.parquet
 
@@ -184,7 +194,7 @@ def _read_parquet(task: Table, path: Path) -> dict[str, list[Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _refuse_twice(path, names)
-            table = file.read(columns=[name for name in (*task.texts, "label") if name in names])
+            table = file.read(columns=[name for name in columns if name in names])
         return {name: table[name].to_pylist() if name in table.column_names else [] for name in names}
     except UsageError:
         raise
@@ -253,31 +263,29 @@ def _parse_csv(path: Path, text: str, tabs: bool) -> dict[str, list[Any]]:
 # The Hub
 
 
-def _from_hub(task: Table) -> dict[str, Rows]:
-    """Load from the Hub, or from what `datasets` has kept of it, without waiting through its retries when offline."""
+def from_hub(hub: str, config_name: str | None, splits: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Load the splits' columns from the Hub, or from what `datasets` has kept of it, without its retries when offline."""
     import datasets
     from datasets import config
     from huggingface_hub import constants
 
+    what = "the rows" if config_name is None else repr(config_name)
     offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     was = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     try:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = offline, offline
-        loaded: Any = datasets.load_dataset(task.hub or "", task.name)
+        loaded: Any = datasets.load_dataset(hub, config_name)
     except Exception as error:  # whatever `datasets` raises, the user can only do the same about it
         raise UsageError(
-            f"cannot load {task.name!r} from the Hub dataset {task.hub} ({'offline: ' if offline else ''}{reason(error)}); "
+            f"cannot load {what} from the Hub dataset {hub} ({'offline: ' if offline else ''}{reason(error)}); "
             "go online once, or pass data_dir with the split files"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = was
-    missing = [split for split in task.splits if split not in loaded]
+    missing = [split for split in splits if split not in loaded]
     if missing:
-        raise UsageError(
-            f"the Hub dataset {task.hub} has no split {missing[0]!r} of {task.name}; it has {list(loaded)}"
-        )
-    tables = {split: {name: list(loaded[split][name]) for name in loaded[split].column_names} for split in task.splits}
-    return {split: _check(task, table, f"{task.hub}:{split}") for split, table in tables.items()}
+        raise UsageError(f"the Hub dataset {hub} has no split {missing[0]!r} of {config_name}; it has {list(loaded)}")
+    return {split: {name: list(loaded[split][name]) for name in loaded[split].column_names} for split in splits}
 
 
 def _reachable(endpoint: str) -> bool:
@@ -307,13 +315,7 @@ def _check(task: Table, table: dict[str, list[Any]], source: str) -> Rows:
     if not table["label"]:
         raise UsageError(f"{source}: holds no rows; expected at least one")
     for name in task.texts:
-        for i, text in enumerate(table[name]):
-            if not isinstance(text, str):
-                raise UsageError(f"{source}: {name} of row {i} is {shown(text)}; expected a string")
-            if not _is_unicode(text):
-                raise UsageError(
-                    f"{source}: {name} of row {i} holds half a character (a lone surrogate): {shown(text)}"
-                )
+        check_texts(name, table[name], source)
     largest = float(np.finfo(np.float32).max) if task.regression else task.num_labels - 1
     expected = "a finite number that float32 can hold" if task.regression else f"an integer from 0 to {largest}"
     labels = np.empty(len(table["label"]), np.float64)
@@ -322,6 +324,15 @@ def _check(task: Table, table: dict[str, list[Any]], source: str) -> Rows:
         if not (abs(x) <= largest and (task.regression or (x >= 0 and x == int(x)))):
             raise UsageError(f"{source}: label of row {i} is {shown(label)}; {task.name} expects {expected}")
     return Rows(tuple(table[name] for name in task.texts), labels.astype(_label_type(task)), source)
+
+
+def check_texts(name: str, column: Iterable[Any], source: str) -> None:
+    """Refuse what is no text in a column."""
+    for i, text in enumerate(column):
+        if not isinstance(text, str):
+            raise UsageError(f"{source}: {name} of row {i} is {shown(text)}; expected a string")
+        if not _is_unicode(text):
+            raise UsageError(f"{source}: {name} of row {i} holds half a character (a lone surrogate): {shown(text)}")
 
 
 def _number(label: Any) -> float:

@@ -35,12 +35,16 @@ class Encoded:
         type_ids: int8 `(tokens,)`, 1 in the second text of a pair where the tokenizer says so.
         offsets: int64 `(n + 1,)`; example i is `ids[offsets[i]:offsets[i + 1]]`.
         labels: `(n, ...)`, int32 or, for regression, float32.
+        predicts: whether the tokens of type 1 are those that the model learns to predict.
+        notes: one line for each thing that people should know of it.
     """
 
     ids: np.ndarray
     type_ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    predicts: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,4 +1,5 @@
-"""DPLoRA and OPLoRA on GLUE with RoBERTa-base, tables 9 to 14 of the paper, and what the released scripts set.
+"""DPLoRA and OPLoRA: on GLUE with RoBERTa-base, tables 9 to 14 of the paper, and on Alpaca with Llama 3 8B, table 15; and what
+the released scripts set, on Alpaca for Llama 3.2 1B and 3B and for Llama 3 8B.
 
 The paper prints budgets with each parameter counted twice; here they are half the printed number. Table 9 prints the same weight
 decay, clipping, EMA decay and momentum for CoLA and SST-2, and the same learning rate for SST-2 and QNLI; all are kept as they
@@ -41,20 +42,57 @@ _SHORT: dict[str, Any] = dict(
 _SHORT_RATE = (2e-4, 2e-4, 2e-4, 2e-4, 1e-4, 1e-4, 1e-4, 1e-4)
 _SHORT_BUDGET = (625_000, 1_125_000, 1_250_000, 875_000, 375_000, 375_000, 600_000, 500_000)
 
+# Table 15: batches of 2, 16 of which make a step. The cosine is the released scripts', as the paper names no schedule.
+_ALPACA: dict[str, Any] = dict(
+    batch_size=32,
+    accumulate=16,
+    learning_rate=1e-4,
+    schedule="cosine",
+    epochs=5,
+    weight_decay=0.08,
+    max_grad_norm=0.612,
+    max_length=256,
+    warmup=0.044,
+    dropout=0.069,
+)
+_ALPACA_BUDGET = 20_000_000
+
+
+def _released_alpaca(pruned: dict[str, Any], **shared: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what the released scripts set for one size of Llama; `pruned` for the method that prunes alone."""
+    shared |= dict(schedule="cosine", max_length=512, score="squared", train_head=False)
+    pruned |= dict(prune_ratio=0.6, events=10, importance="samples", scaling="grow")
+    return {"oplora": table(("alpaca",), **shared), "dplora": table(("alpaca",), **shared, **pruned)}
+
+
 PRESETS = {
     # The main results.
     "paper": {
-        # Table 9
-        "dplora": table(
-            **_OPLORA,
-            events=10,
-            prune_ratio=0.6,
-            ema_decay=(0.054, 0.06, 0.814, 0.976, 0.879, 0.596, 0.054, 0.501),
-            momentum=(0.329, 0.09, 0.609, 0.915, 0.473, 0.057, 0.329, 0.660),
-            recovery_steps=(100, 500, 100, 100, 100, 100, 100, 100),
-        ),
-        # Table 10
-        "oplora": table(**_OPLORA),
+        # Tables 9 and 15
+        "dplora": {
+            **table(
+                **_OPLORA,
+                events=10,
+                prune_ratio=0.6,
+                ema_decay=(0.054, 0.06, 0.814, 0.976, 0.879, 0.596, 0.054, 0.501),
+                momentum=(0.329, 0.09, 0.609, 0.915, 0.473, 0.057, 0.329, 0.660),
+                recovery_steps=(100, 500, 100, 100, 100, 100, 100, 100),
+            ),
+            **table(
+                ("alpaca",),
+                **_ALPACA,
+                budget=_ALPACA_BUDGET,
+                events=10,
+                prune_ratio=0.8,
+                ema_decay=0.015,
+                momentum=0.809,
+                recovery_steps=100,
+            ),
+        },
+        # Tables 10 and 15
+        "oplora": {**table(**_OPLORA), **table(("alpaca",), **_ALPACA, budget=_ALPACA_BUDGET)},
+        # Table 15
+        "lora": table(("alpaca",), **_ALPACA, rank=8),
         # Table 11
         "full": table(
             _SHORT_TASKS,
@@ -96,4 +134,40 @@ PRESETS = {
             scaling="grow",
         ),
     },
+    "released-1b": _released_alpaca(
+        dict(ema_decay=0.274, momentum=0.084, stability=0.151),
+        budget=5_550_000,
+        batch_size=16,
+        accumulate=8,
+        learning_rate=2.7e-4,
+        epochs=5,
+        weight_decay=0.141,
+        max_grad_norm=1.374,
+        warmup=0.059,
+        dropout=0.207,
+    ),
+    "released-3b": _released_alpaca(
+        dict(ema_decay=0.056, momentum=0.605, stability=0.025),
+        budget=11_850_000,
+        batch_size=64,
+        accumulate=16,
+        learning_rate=3e-5,
+        epochs=18,
+        weight_decay=0.037,
+        max_grad_norm=1.184,
+        warmup=0.071,
+        dropout=0.252,
+    ),
+    "released-8b": _released_alpaca(
+        dict(ema_decay=0.147, momentum=0.296, stability=0.07),
+        budget=20_500_000,
+        batch_size=16,
+        accumulate=16,
+        learning_rate=3.4e-5,
+        epochs=7,
+        weight_decay=0.03,
+        max_grad_norm=1.287,
+        warmup=0.073,
+        dropout=0.179,
+    ),
 }

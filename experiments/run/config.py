@@ -16,12 +16,15 @@ from experiments.presets import preset
 from experiments.run import settings as method_settings
 from experiments.run.fields import COMMON, DEFAULTS, FREE, Common
 from experiments.run.settings import by_flag, checked, flag_text, further, layered, sort
-from experiments.tasks import DEFAULT_TASK
+from experiments.tasks import PROGRAMS, TASKS, get_task
+from experiments.tasks.base import Task
 from jaxprune.checks import MOST_STEPS, check, one_of
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods import METHODS, Entry
 
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+# Flags that are one only of tasks that have a field of their name.
+OF_TASKS = tuple(name for name, field in COMMON.items() if field.metadata["of_task"])
+_PATHS = ("data_dir", "train_file", "validation_file", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class RunConfig(Common):
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """{setting of the method's factory: value}; `rank` where one number of components stands for several"""
+    program: str | None = None
+    """the program that reads the command line, whose tasks alone it runs; None where any task may be named"""
 
     @classmethod
     def of(cls, **values: Any) -> RunConfig:
@@ -61,21 +66,38 @@ class RunConfig(Common):
             if name in settings:
                 raise UsageError(f"--set {name} and its own flag are both given; give one of them")
             settings[name] = value
-        task = DEFAULT_TASK if self.task is None else self.task
-        model = _home("model", DEFAULT_MODEL if self.model is None else self.model)
+        task = PROGRAMS[self.program or next(iter(PROGRAMS))].task if self.task is None else self.task
+        program = self._program(task)
+        model = _home("model", PROGRAMS[program].model if self.model is None else self.model)
         known = {} if self.preset is None else preset(self.preset, self.method, task)
         layers = [sort(entry, layer) for layer in (entry.defaults, known)]
-        silent = {**DEFAULTS, **layers[0][0], **layers[1][0]}
+        silent = {**DEFAULTS, **PROGRAMS[program].defaults, **layers[0][0], **layers[1][0]}
         open_ = {name: value for name, value in silent.items() if getattr(self, name) is None}
         folder = Path("runs") / f"{task}-{self.method}-{self.seed}" if self.output_dir is None else self.output_dir
-        data = None if self.data_dir is None else Path(_home("data_dir", self.data_dir))
-        folder = Path(_home("output_dir", folder))
+        given = {name: getattr(self, name) for name in _PATHS} | {"output_dir": folder}
+        paths = {name: Path(_home(name, path)) for name, path in given.items() if path is not None}
         settings = layered(entry, [*(layer for _, layer in layers), settings])
-        config = replace(
-            self, task=task, model=model, output_dir=folder, data_dir=data, set=(), settings=settings, **open_
-        )
+        named = dict(task=task, program=program, model=model)
+        config = replace(self, **named, set=(), settings=settings, **{**open_, **paths})
         config._check()
         return config
+
+    def chosen(self) -> Task:
+        """Return the task of resolved settings, with the flags that its program alone has."""
+        assert self.task
+        task: Any = get_task(self.task)
+        own = {name: getattr(self, name) for name in OF_TASKS if hasattr(task, name)}
+        return replace(task, **own) if own else task
+
+    def _program(self, task: str) -> str:
+        """Return the program of a task, which must fit what else is said."""
+        program = get_task(task).program
+        if self.program not in (None, program):
+            raise UsageError(f"--task {task} is one of {program}: python -m {program} --task {task}")
+        for name in OF_TASKS:
+            if getattr(self, name) is not None and not hasattr(get_task(task), name):
+                raise UsageError(f"{flag_text(name)} is for tasks of {owner(name)}; --task {task} is one of {program}")
+        return program
 
     def _check(self) -> None:
         assert self.learning_rate and self.final_learning_rate is not None and self.warmup is not None
@@ -104,6 +126,7 @@ class RunConfig(Common):
     def plain(self) -> dict[str, Any]:
         """Return the settings by the names of their flags, as JSON gives them back."""
         known = {name: getattr(self, name) for name in COMMON if name not in ("config", "set")}
+        known = {name: value for name, value in known.items() if value is not None or name not in OF_TASKS}
         known |= by_flag(self.entry, {**self.settings, **further(self.entry, self.set)})
         return json.loads(json.dumps(known, default=lambda value: list(value) if _is_list(value) else str(value)))
 
@@ -144,6 +167,16 @@ class RunConfig(Common):
         )
 
 
+def offered(program: str) -> list[str]:
+    """Name the common settings that a program has; what is no program of tasks has all."""
+    return [name for name in COMMON if name not in OF_TASKS or program not in PROGRAMS or program == owner(name)]
+
+
+def owner(name: str) -> str:
+    """Return the program whose tasks have a field of a name."""
+    return next(task.program for task in TASKS.values() if hasattr(task, name))
+
+
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Return the optimiser steps of a run: its epochs, or --max-steps where those are fewer.
 
@@ -180,7 +213,7 @@ def _check_flag(name: str, value: Any, kind: Any) -> None:
     if name == "set":
         if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
             raise UsageError(f"--set {shown(value)} cannot be used; expected NAME=VALUE texts")
-    elif name in ("output_dir", "data_dir", "config"):
+    elif name in (*_PATHS, "config"):
         if value is not None:
             _check_path(flag, value)
     else:
@@ -192,7 +225,7 @@ def _check_flag(name: str, value: Any, kind: Any) -> None:
 def _check_path(flag: str, value: str | Path) -> None:
     """Refuse what no file system has as a name."""
     if not isinstance(value, str | Path):
-        raise UsageError(f"{flag} {shown(value)} cannot be used; expected a folder")
+        raise UsageError(f"{flag} {shown(value)} cannot be used; expected a path")
     check(flag, str(value), str)
     if any(len(part.encode()) > 255 for part in Path(value).parts) or len(str(value).encode()) > 4000:
         raise UsageError(f"{flag} {shown(str(value))} is too long; expected names of at most 255 bytes each")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune.checks import HostOnly, Range
+from experiments.data.prompts import TEMPLATES
+from jaxprune.checks import HostOnly, OneOf, Range
 from jaxprune.methods import DEFAULT
+from jaxprune.models.decoder_config import REMAT
 
 # What these stand for is decided late, so that a preset can set every one: None means that nothing was said.
 Whole = Annotated[int | None, Range(1)]
@@ -17,8 +19,10 @@ NotNegative = Annotated[float | None, Range(0)]
 Text = str | None
 
 
-def _flag(group: str, text: str, default: Any = None, *, metavar: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+def _flag(group: str, text: str, default: Any = None, *, metavar: str = "", of_task: bool = False) -> Any:
+    """Describe a flag; `of_task` where it is one only of tasks that have a field of its name."""
+    about = {"group": group, "help": text, "metavar": metavar, "of_task": of_task}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class Common:
         "data",
         "folder with DIR/TASK/SPLIT.parquet (or jsonl, tsv); without it the task comes from the hub",
         metavar="DIR",
+    )
+    train_file: Path | None = _flag(
+        "data", "rows to train on: JSON, JSON lines or parquet with instruction, input and output", metavar="FILE",
+        of_task=True,
+    )  # fmt: skip
+    validation_file: Path | None = _flag(
+        "data", "rows to score on [a part held out of those to train on]", metavar="FILE", of_task=True
+    )
+    template: Annotated[str, OneOf(tuple(TEMPLATES))] | None = _flag(
+        "data", "how an instruction is put: Stanford's prompt, or the tokenizer's own for chats", of_task=True
     )
     max_length: Annotated[int | None, Range(3)] = _flag("data", "truncate examples to so many tokens")
     max_train_samples: Whole = _flag("data", "train on the first so many examples only [all]")
@@ -72,6 +86,10 @@ class Common:
     dtype: Literal["float32", "bfloat16"] | None = _flag(
         "training", "what the model computes in; parameters stay float32"
     )
+    remat: Annotated[str, OneOf(REMAT)] | None = _flag(
+        "training", "what is computed again in the backward pass to save memory", of_task=True
+    )
+    chunk: Whole = _flag("training", "tokens of a row whose logits are made at once", of_task=True)
     compact: Literal["auto", "always", "never"] | None = _flag(
         "training",
         "remove pruned components for good: when the steps left pay for the compilation, after every event, or never",

@@ -15,10 +15,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 from experiments.presets import PRESETS
 from experiments.run import settings_file
 from experiments.run.cli import parse_into
-from experiments.run.config import DEFAULT_MODEL, RunConfig
+from experiments.run.config import RunConfig, offered, owner
 from experiments.run.fields import COMMON, DEFAULTS, Common
 from experiments.run.settings import Flag, flag_text, flags, named, not_its_own, owners, parts, words
-from experiments.tasks import DEFAULT_TASK, TASKS
+from experiments.tasks import PROGRAMS, TASKS
 from jaxprune.checks import one_of
 from jaxprune.errors import UsageError, shown
 from jaxprune.methods import DEFAULT, METHODS, Entry
@@ -40,14 +40,17 @@ def parse_run(arguments: Sequence[str], program: str) -> RunConfig:
         if name not in COMMON and name not in named(entry) and owners(name):
             raise UsageError(not_its_own(entry, name))
     whole = [*added, *arguments]
+    for name in given(whole):
+        if name in COMMON and name not in offered(program):
+            raise UsageError(f"{flag_text(name)} is a flag of {owner(name)}, not of {program}")
     about = _description(list_methods="method" not in given(whole))
     try:
-        parsed = parse_into(_flags_type(entry), whole, program, description=about)
+        parsed = parse_into(_flags_type(entry, program), whole, program, description=about)
     except UsageError as error:
         if not added:
             raise
         raise UsageError(f"{error}; with {shown(path)} these flags were added: {shown(' '.join(added))}") from None
-    return _config(entry, parsed, set(given(whole)))
+    return _config(entry, parsed, set(given(whole)), program if program in PROGRAMS else None)
 
 
 def given(arguments: Sequence[str]) -> list[str]:
@@ -79,7 +82,7 @@ def _name(flag: str) -> str:
 def _value(arguments: Sequence[str], name: str) -> str | None:
     """Return what stands behind a flag; of several the last."""
     found = None
-    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, after in zip(arguments, [*arguments, None][1:], strict=True):
         if argument.startswith("--") and _name(argument) == name:
             found = argument.partition("=")[2] if "=" in argument else after
     return None if found is None or (found.startswith("--") and name != "config") else found
@@ -88,15 +91,16 @@ def _value(arguments: Sequence[str], name: str) -> str | None:
 # The type that tyro parses into
 
 
-def _flags_type(entry: Entry) -> type:
-    """Make a dataclass of dataclasses, one a group of flags."""
+def _flags_type(entry: Entry, program: str) -> type:
+    """Make a dataclass of dataclasses, one a group of flags; a program that runs those of others has all of them."""
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     kinds = get_type_hints(Common, include_extras=True)
-    for name, field in COMMON.items():
+    for name in offered(program):
+        field = COMMON[name]
         default = field.default if isinstance(field.default, bool) else None
         if name == "train_head":
             default = True
-        kind = _parsed_as(kinds[name], default, _common_help(name, entry), field.metadata["metavar"])
+        kind = _parsed_as(kinds[name], default, _common_help(name, entry, program), field.metadata["metavar"])
         empty = () if name == "set" else field.default if name in ("method", "seed") else default
         groups.setdefault(field.metadata["group"], []).append((name, kind, empty))
     for flag in flags(entry).values():
@@ -166,11 +170,11 @@ FOLDER = PrimitiveConstructorSpec(
 )
 
 
-def _config(entry: Entry, parsed: Any, said: set[str]) -> RunConfig:
+def _config(entry: Entry, parsed: Any, said: set[str], program: str | None) -> RunConfig:
     """Take what was parsed out of its groups; a flag that is on or off counts where it stands on the command line."""
     values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
     known = flags(entry)
-    common = {name: values[name] for name in COMMON}
+    common = {name: values[name] for name in COMMON if name in values}
     if "train_head" not in said:
         common["train_head"] = None
     settings = {}
@@ -178,7 +182,7 @@ def _config(entry: Entry, parsed: Any, said: set[str]) -> RunConfig:
         value = values[name]
         if value is not None and (not isinstance(value, bool) or said & {name, *flag.aliases}):
             settings[flag.setting] = _as_text_or_list(flag, value)
-    return RunConfig(**{**common, "config": None}, settings=settings)
+    return RunConfig(**{**common, "config": None}, settings=settings, program=program)
 
 
 def _as_text_or_list(flag: Flag, value: Any) -> Any:
@@ -191,14 +195,15 @@ def _as_text_or_list(flag: Flag, value: Any) -> Any:
 # Help
 
 
-def _common_help(name: str, entry: Entry) -> str:
+def _common_help(name: str, entry: Entry, program: str) -> str:
     """Return what `--help` says of a common flag, with what stands where it is not given."""
-    text = COMMON[name].metadata["help"]
-    default = entry.defaults.get(name, DEFAULTS.get(name))
-    named = {"method": entry.name, "model": DEFAULT_MODEL, "task": DEFAULT_TASK, "seed": COMMON["seed"].default}
+    text, own = COMMON[name].metadata["help"], PROGRAMS.get(program)
+    first = own or next(iter(PROGRAMS.values()))
+    default = {**DEFAULTS, **first.defaults, **entry.defaults}.get(name)
+    named = {"method": entry.name, "model": first.model, "task": first.task, "seed": COMMON["seed"].default}
     default = named.get(name, default)
     if name == "task":
-        text = f"{text}: {', '.join(TASKS)}"
+        text = f"{text}: {', '.join(task for task in TASKS if own is None or TASKS[task].program == program)}"
     if name == "preset":
         text = f"{text}: {', '.join(PRESETS)}"
     if isinstance(default, bool):

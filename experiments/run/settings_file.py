@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.run.config import RunConfig
+from experiments.run.config import RunConfig, offered
 from experiments.run.fields import COMMON, OF_ONE_RUN
 from experiments.run.settings import by_flag, flag_text, named, not_its_own, owners
 from experiments.run.settings import flags as method_flags
@@ -29,7 +29,7 @@ def written(given: RunConfig, resolved: RunConfig) -> bytes:
     own, stood = by_flag(entry, given.settings), by_flag(entry, resolved.settings)
     values = {
         name: (getattr(given, name) != getattr(default, name), getattr(given, name), getattr(resolved, name))
-        for name in COMMON
+        for name in offered(resolved.program or "")
         if name not in OF_ONE_RUN
     }
     for name, flag in method_flags(entry).items():

@@ -1,14 +1,34 @@
-"""All tasks by name; a family is one file, and one line here."""
+"""All tasks by name, and the programs that run them; a family is one file, and one line in each."""
 
 from __future__ import annotations
 
-from experiments.tasks import classification
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments.tasks import causal, classification
 from experiments.tasks.base import Task
 from jaxprune.errors import UsageError, nearest, shown
 
-TASKS: dict[str, Task] = {**classification.TASKS}
-# What a command that is given none learns: it is built in, so that nothing has to be downloaded.
-DEFAULT_TASK = classification.BUILT_IN
+
+class Program(NamedTuple):
+    """What a program takes where it is given nothing.
+
+    Attributes:
+      task: built in, so that nothing has to be downloaded.
+      model: hub id of one that pip can install.
+      defaults: {setting: value} that stand before those of `experiments.run.fields`.
+    """
+
+    task: str
+    model: str
+    defaults: Mapping[str, Any] = {}
+
+
+TASKS: dict[str, Task] = {**classification.TASKS, **causal.TASKS}
+PROGRAMS = {
+    "experiments.glue": Program(classification.BUILT_IN, "sentence-transformers/all-MiniLM-L6-v2"),
+    "experiments.alpaca": Program(causal.BUILT_IN, "HuggingFaceTB/SmolLM2-135M-Instruct", causal.DEFAULTS),
+}
 
 
 def get_task(name: str) -> Task:

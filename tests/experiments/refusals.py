@@ -69,11 +69,12 @@ def _child(program: str, arguments: list[str], folder: str, aside: str) -> None:
 
 
 def _main(program: str) -> None:
-    from experiments import glue
+    from experiments import alpaca, glue
     from experiments.run import comparison
     from experiments.run.cli import main
 
-    main({"experiments.glue": glue.main, "experiments.compare": comparison.run}[program], program)
+    mains = {"experiments.glue": glue.main, "experiments.alpaca": alpaca.main, "experiments.compare": comparison.run}
+    main(mains[program], program)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

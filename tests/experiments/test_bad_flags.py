@@ -113,7 +113,7 @@ TEXTS = {
     "targets nested too deep": (["--targets", "re:" + "(" * 3000 + ")" * 3000], r"is not a regular expression"),
     "targets repeated too often": (["--targets", "re:a{99999999999}"], r"is not a regular expression"),
     "stages of a method without": (["--schedule", "stages"], r"stages is for channelmask.*is oplora"),
-    "preset without the method": (["--preset", "paper", "--method", "lora"], r"no settings for --method lora"),
+    "preset without the method": (["--preset", "paper", "--method", "pissa"], r"no settings for --method pissa"),
     "preset without the task": (["--preset", "paper"], r"no settings for --task .grammar.; it has"),
     "missing model folder": (["--model", "./no/such/model"], r"no/such/model"),
 }  # fmt: skip

@@ -5,7 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from experiments.tasks import TASKS, get_task
+from experiments.tasks import get_task
+from experiments.tasks.classification import TASKS
 from jaxprune.errors import UsageError
 
 PREDICTED = np.array([1, 1, 1, 1, 0, 0, 0, 1, 0, 1])

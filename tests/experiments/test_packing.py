@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from experiments.data.packing import Batches, _cover, deal, evaluation_batches, single_example_batches
 from experiments.data.tokens import Encoded, encode
-from experiments.tasks import TASKS, get_task
+from experiments.tasks import get_task
+from experiments.tasks.classification import TASKS
 from jaxprune.errors import UsageError
 
 KEYS = {"input_ids", "segment_ids", "position_ids", "token_type_ids", "first_tokens", "labels", "weights"}

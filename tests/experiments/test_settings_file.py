@@ -7,8 +7,7 @@ import yaml
 
 from experiments.run.cli import parse
 from experiments.run.comparison import CompareConfig
-from experiments.run.config import RunConfig
-from experiments.run.fields import COMMON
+from experiments.run.config import RunConfig, offered
 from experiments.run.flags import parse_run
 from experiments.run.settings import _with_default, flags
 from experiments.run.settings_file import written
@@ -35,7 +34,12 @@ def test_what_was_written_is_read_back(command, tmp_path):
     assert again == dataclasses.replace(given, output_dir=None, overwrite=False)
     # Every setting stands in the file; those that were not given as comments.
     lines = [line.removeprefix("# ").partition(":")[0] for line in path.read_text().splitlines()[1:]]
-    assert set(lines) >= {*COMMON, *flags(given.entry)} - {"config", "output_dir", "overwrite", "resume"}
+    assert set(lines) >= {*offered("experiments.glue"), *flags(given.entry)} - {
+        "config",
+        "output_dir",
+        "overwrite",
+        "resume",
+    }
 
 
 def test_flags_beside_a_file_win(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from experiments.data import tokens
 from experiments.data.rows import Rows
 from experiments.data.tokens import check_ids, encode
-from experiments.tasks import TASKS, get_task
+from experiments.tasks import get_task
+from experiments.tasks.classification import TASKS
 from jaxprune.errors import UsageError
 from jaxprune.models import EncoderConfig
 
