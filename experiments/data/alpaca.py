@@ -76,7 +76,7 @@ def _held_out(rows: Rows) -> dict[str, Rows]:
     order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(rows))
     out = np.isin(np.arange(len(rows)), order[:count])
     note = f"{count:,} of the {len(rows):,} rows of {rows.source} are held out for validation, always the same ones"
-    return {"train": replace(rows.at(~out), notes=(note,)), "validation": rows.at(out)}
+    return {"train": replace(rows.at(~out), notes=(*rows.notes, note)), "validation": replace(rows.at(out), notes=())}
 
 
 def _rows(table: Mapping[str, list[Any]], source: str) -> Rows:
@@ -93,10 +93,14 @@ def _rows(table: Mapping[str, list[Any]], source: str) -> Rows:
     inputs = ["" if text is None else text for text in table.get("input") or [""] * len(outputs)]
     for name, column in zip(COLUMNS, (instructions, inputs, outputs), strict=True):
         check_texts(name, column, source)
-    for name, column in (("instruction", instructions), ("output", outputs)):
-        if empty := [i for i, text in enumerate(column) if not text.strip()]:
-            raise UsageError(
-                f"{source}: {name} of row {empty[0]} is empty, as of {len(empty)} in all, and there is nothing to "
-                f"{'answer' if name == 'instruction' else 'learn'}; take these rows out (of Alpaca's own files too)"
-            )
-    return Rows((instructions, inputs, outputs), np.zeros(len(outputs), np.int32), source)
+    rows = Rows((instructions, inputs, outputs), np.zeros(len(outputs), np.int32), source)
+    # Alpaca's own file has such rows: a response that is empty teaches a model to be silent.
+    full = np.array(
+        [bool(asked.strip() and answer.strip()) for asked, answer in zip(instructions, outputs, strict=True)]
+    )
+    if full.all():
+        return rows
+    if not full.any():
+        raise UsageError(f"{source}: no row has both an instruction and an output; fill them in")
+    note = f"{np.count_nonzero(~full):,} of the {len(rows):,} rows of {source} are left out, row {full.argmin()} the first: "
+    return replace(rows.at(full), notes=(f"{note}their instruction or output is empty",))

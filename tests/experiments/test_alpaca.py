@@ -70,18 +70,32 @@ def test_at_most_500_rows_are_held_out(tmp_path):
 def test_the_real_rows(real_data, tmp_path):
     with gzip.open(real_data / "alpaca" / "alpaca_random_9k.jsonl.gz", "rt") as file:
         records = [json.loads(line) for line in file]
-    with pytest.raises(UsageError, match="output of row 1461 is empty, as of 4 in all.*take these rows out"):
-        alpaca.load("alpaca", None, real_data / "alpaca" / "alpaca_random_9k.jsonl.gz", None)
+    given = alpaca.load("alpaca", None, real_data / "alpaca" / "alpaca_random_9k.jsonl.gz", None)
+    assert (
+        given["train"].notes[0].startswith("4 of the 9,229 rows of ")
+        and "row 1461 the first" in given["train"].notes[0]
+    )
+    assert not given["validation"].notes
     found = alpaca.load("alpaca", None, write(tmp_path / "a.json", [row for row in records if row["output"]]), None)
     assert {split: len(rows) for split, rows in found.items()} == {"train": 8763, "validation": 462}
+
+
+@pytest.mark.parametrize("change", [{"output": ""}, {"output": " \n"}, {"instruction": ""}])
+def test_rows_with_nothing_to_learn_are_left_out_and_said(tmp_path, change):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ROWS[0], {**ROWS[1], **change}, *ROWS]))
+    found = alpaca.load("alpaca", None, path, path)
+    assert found["train"].texts == found["validation"].texts
+    assert found["train"].texts[2] == [row["output"] for row in [ROWS[0], *ROWS]]
+    assert f"1 of the {len(ROWS) + 2} rows of {path} are left out, row 1 the first" in found["train"].notes[0]
+    path.write_text(json.dumps([{**ROWS[1], **change}]))
+    with pytest.raises(UsageError, match="a.json: no row has both an instruction and an output; fill them in"):
+        alpaca.load("alpaca", None, path, path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": ""}, "output of row 1 is empty, as of 1 in all, and there is nothing to learn; take"),
-        ({"output": " \n"}, "output of row 1 is empty"),
-        ({"instruction": ""}, "instruction of row 1 is empty, as of 1 in all, and there is nothing to answer; take"),
         ({"output": None}, "output of row 1 is None; expected a string"),
         ({"instruction": 7}, "instruction of row 1 is 7; expected a string"),
         ({"input": ["a"]}, r"input of row 1 is \['a'\]; expected a string"),
