@@ -144,3 +144,26 @@ def _turned(x: np.ndarray, position: int, frequencies: list[float]) -> np.ndarra
     half = len(x) // 2
     pairs = (x[:half] + 1j * x[half:]) * np.exp(1j * position * np.array(frequencies))
     return np.concatenate([pairs.real, pairs.imag])
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def save_tokenizer(folder) -> None:
+    """Write a tokenizer beside a tiny decoder: a word for every id, w3 and so on, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 80)), "user", "assistant", "system"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Replace("w", " w")
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "chat_template": CHAT,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
