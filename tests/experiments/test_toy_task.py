@@ -29,6 +29,7 @@ class Counting:
     metrics: tuple[str, ...] = ("right", "near")
     validation: tuple[str, ...] = ("held out",)
     pipeline: str = "other"
+    lower_is_better: bool = False
 
     def check_files(self, data_dir):
         assert data_dir is None
@@ -47,6 +48,12 @@ class Counting:
 
     def encode(self, rows, model, max_length):
         return tokens.encode(rows, model.folder, max_length, cache_dir=None)
+
+    def evaluated_at_once(self, batch_size):
+        return batch_size
+
+    def finish(self, batch):
+        return {**batch, "weights": batch["weights"] / batch["weights"].mean()}
 
     def loss(self, apply, batch, key):
         off = jnp.square(tokens.read(apply, batch, key) - batch["labels"]).sum(-1)
