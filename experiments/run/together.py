@@ -34,14 +34,14 @@ from experiments.tasks import get_task
 from experiments.tasks.base import Task
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError
-from jaxprune.methods import Start
+from jaxprune.methods import Method, Start
 from jaxprune.train import TrainState, fit
 
 PROGRAM = "experiments.together"
 # Settings in which runs that train together may differ.
 OWN = ("seed", "rank", "budget", "output_dir", "overwrite")
 # The axis of the runs; they are all at the same step.
-_AXES: Any = TrainState(0, 0, 0, 0, 0, None, 0)
+_AXES = TrainState._make((0, 0, 0, 0, 0, None, 0))
 
 
 def check(configs: Sequence[RunConfig]) -> None:
@@ -93,8 +93,11 @@ def run(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
                 )
             )  # fmt: skip
         starts = [one.plan() for one in runs]
-        states = [one.begin(start, room) for one, start, room in zip(runs, starts, rooms(starts), strict=True)]
-        _check_alike(runs, states, task)
+        wide = rooms(starts)
+        _check_method(runs, wide)
+        for one, room in zip(runs, wide, strict=True):
+            _check_shapes(wide[0].adapters, room.adapters, one.config, 0)
+        states = [one.begin(start, room) for one, start, room in zip(runs, starts, wide, strict=True)]
         step, params = _mapped(runs)
         say("compiling", f"the training step of {len(runs)} runs; {runs[0].steps:,} steps follow")
         for one in runs:
@@ -110,7 +113,7 @@ def run(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
         states = _taken(state, len(runs))
         for one, own in zip(runs, states, strict=True):
             one.close(own)
-    return [one.write(own) for one, own in zip(runs, states, strict=True)]
+        return [one.write(own) for one, own in zip(runs, states, strict=True)]
 
 
 def rooms(starts: Sequence[Start]) -> list[Room]:
@@ -151,32 +154,28 @@ def _widened(adapter: Any, rank: int) -> Any:
     )
 
 
-def _check_alike(runs: Sequence[Run], states: Sequence[TrainState], task: Task) -> None:
-    """Refuse runs whose steps are different programs."""
-    batch = task.finish(runs[0].train.batch(0, 0))
-    programs: dict[str, str] = {}
-    for one, state in zip(runs, states, strict=True):
-        _check_shapes(states[0], state, one.config)
-        # Their names may differ in the seed alone, which is no part of the program.
-        settings = str(one.config.settings)
-        if settings not in programs:
-            programs[settings] = one.step.lower(one.params, state, batch).as_text() if _differ(runs) else ""  # pyright: ignore
-    if len(set(programs.values())) > 1:
+def _check_method(runs: Sequence[Run], given: Sequence[Room]) -> None:
+    """Refuse what a method does in a step where that may depend on what runs do not share."""
+    method, config = runs[0].method, runs[0].config
+    parts = {"view": method.view, "penalty": method.penalty, "project": method.project, "probes": method.probes}
+    if any(one.config.settings != config.settings for one in runs):
+        parts["observe"] = None if method.observe is Method._field_defaults["observe"] else method.observe
+    elif all(room.own is None for room in given):
+        return
+    if does := [name for name, part in parts.items() if part is not None]:
         raise UsageError(
-            f"{runs[0].config.method} computes something else in a step for {' and for '.join(programs)}; run them in turn"
+            f"{config.method} does more in a step than train what is not masked ({', '.join(does)}), so that runs of different "
+            f"ranks or budgets are different programs; run them in turn"
         )
 
 
-def _differ(runs: Sequence[Run]) -> bool:
-    return any(one.config.settings != runs[0].config.settings for one in runs)
-
-
-def _check_shapes(first: TrainState, state: TrainState, config: RunConfig) -> None:
-    shapes = [jax.tree.map(jnp.shape, one) for one in (first, state)]
-    if jax.tree.structure(first) != jax.tree.structure(state) or shapes[0] != shapes[1]:
+def _check_shapes(first: Any, other: Any, config: RunConfig, number: int) -> None:
+    """Refuse a run whose state, or adapters, cannot be stacked with those of the first after a step."""
+    shapes = [jax.tree.map(jnp.shape, one) for one in (first, other)]
+    if jax.tree.structure(first) != jax.tree.structure(other) or shapes[0] != shapes[1]:
         raise UsageError(
-            f"the run with {_name(config)} has adapters of other shapes or scales than the first after step {int(state.step)}, "
-            f"so {config.method} with these settings cannot train together; run them in turn"
+            f"after step {number} the adapters of the run with {_name(config)} have other shapes or scales than those of the "
+            f"first, so that {config.method} with these settings cannot train together; run them in turn"
         )
 
 
@@ -212,7 +211,7 @@ def _pause(runs: Sequence[Run], number: int, state: TrainState) -> TrainState:
     if not runs[0].method.triggers(number):
         return state
     for one, own in zip(runs, after, strict=True):
-        _check_shapes(before[0], own, one.config)
+        _check_shapes(before[0], own, one.config, number)
     return _stack(after)
 
 
