@@ -206,12 +206,11 @@ def _log(runs: Sequence[Run], number: int, metrics: dict[str, list[float]]) -> N
 
 
 def _pause(runs: Sequence[Run], number: int, state: TrainState) -> TrainState:
-    before = _taken(state, len(runs))
-    after = [one.pause(number, own)[0] for one, own in zip(runs, before, strict=True)]
+    after = [one.pause(number, own)[0] for one, own in zip(runs, _taken(state, len(runs)), strict=True)]
     if not runs[0].method.triggers(number):
         return state
     for one, own in zip(runs, after, strict=True):
-        _check_shapes(before[0], own, one.config, number)
+        _check_shapes(after[0], own, one.config, number)
     return _stack(after)
 
 
