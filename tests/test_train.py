@@ -142,6 +142,29 @@ def test_a_nan_stops_training_and_names_step_and_leaf():
         jp.fit(step, params, state, [batch], total_steps=1, progress=False)
 
 
+def test_a_step_mapped_over_states_is_the_step_of_each():
+    """`fit` gives lists of metrics, and names the run that is not finite."""
+    params, first, step, batch = setting()
+    second = first._replace(adapters=jax.tree.map(lambda leaf: leaf + 0.1, first.adapters))
+    axes = jp.TrainState._make((0, 0, 0, 0, 0, None, 0))
+    mapped = jax.jit(jax.vmap(step, (None, axes, 0), (axes, 0)))
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)._replace(step=first.step)
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), batch)
+    logged = []
+    state = jp.fit(
+        mapped, params, states, [batches] * 3, total_steps=3, log=lambda n, found: logged.append(found), progress=False
+    )
+    for i, (alone, own) in enumerate(((first, batch), (second, jax.tree.map(lambda leaf: 2 * leaf, batch)))):
+        for metrics in logged:
+            alone, expected = step(params, alone, own)
+            assert metrics["loss"][i] == pytest.approx(float(expected["loss"]), rel=1e-5)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], state.adapters), alone.adapters, rtol=1e-4)
+    assert logged[0]["loss"][0] != logged[0]["loss"][1] and int(state.step) == 3
+    poisoned = {**batches, "x": batches["x"].at[1, 0, 0, 0].set(jnp.nan)}
+    with pytest.raises(jp.NonFiniteError, match=r"step 1: .* is not finite in run 2 of 2 \(loss nan\)"):
+        jp.fit(mapped, params, states, [poisoned], total_steps=1, progress=False)
+
+
 def test_predict_and_leaf_names():
     params, state, _, batch = setting()
     predict = jp.make_predict(jp.attach(tower()[0]), lambda apply, batch: apply(batch["x"]))

@@ -120,7 +120,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
         threading.Timer(count / 1000, die).start()
 
     import jaxprune.train.events
-    from experiments.run import loop
+    from experiments.run import loop, one
     from experiments.run.flags import parse_run
     from jaxprune.checkpoint import Checkpoints
 
@@ -137,10 +137,10 @@ def live(place: str, count: int, arguments: list[str]) -> None:
         return wrapped
 
     jaxprune.train.events.apply = around(jaxprune.train.events.apply, "event", after=True)
-    loop.Pruner.after = around(loop.Pruner.after, "after event", after=True)
+    one.Pruner.after = around(one.Pruner.after, "after event", after=True)
     # The checkpoint is written in the background from here on; most take some hundredths of a second.
     Checkpoints.save = around(Checkpoints.save, "save", after=True, delay=1e-4 + 0.03 * (count % 4))
-    loop.Recorder.log = around(loop.Recorder.log, "step", after=False)
+    one.Recorder.log = around(one.Recorder.log, "step", after=False)
     loop.run(parse_run(arguments, "experiments.glue"))
     os._exit(0)  # a timer may still be waiting
 

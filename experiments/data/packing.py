@@ -12,6 +12,7 @@ attention, whose cost per token grows with the row. Packing is first-fit-decreas
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,12 +105,18 @@ class Batches:
             raise IndexError(f"no batch {step} in epoch {epoch}; an epoch has {self.steps_per_epoch} steps")
         return self._split(self._order(epoch)[step]).reshape(-1)
 
-    def batch(self, epoch: int, step: int) -> Batch:
-        """Build the batch of one step: a pure function of the data, the settings, the seed, `epoch` and `step`."""
+    def shape(self, epoch: int, step: int) -> Shape:
+        """Return the shape of the batch of one step."""
+        return self._holding(int(self._levels(self._order(epoch)[step : step + 1])[0]))
+
+    def batch(self, epoch: int, step: int, shape: Shape | None = None) -> Batch:
+        """Build the batch of one step: a pure function of the data, the settings, the seed, `epoch` and `step`.
+
+        A larger one of `shapes` than the batch needs adds padding alone.
+        """
         parts = self.indices(epoch, step).reshape(self.microbatches, -1)
         placed = [self._place(part) for part in parts]
-        level = max(level for _, level in placed)
-        shape = next(s for s in self.shapes if s[self._side] >= level)
+        shape = shape or self._holding(max(level for _, level in placed))
         filled = [self._fill(part, where, shape) for part, (where, _) in zip(parts, placed, strict=True)]
         if self.microbatches == 1:
             return filled[0]
@@ -124,6 +131,13 @@ class Batches:
                 batch = ahead.popleft().result()
                 ahead.extend(pool.submit(self.batch, epoch, step) for step in islice(steps, 1))
                 yield batch
+
+    def reseeded(self, seed: int) -> Batches:
+        """Return the same for another order of the examples; shapes do not depend on it."""
+        other = copy.copy(self)
+        other.seed, other._last_order = seed, None
+        other.__dict__.pop("tokens_per_real_token", None)
+        return other
 
     def all(self, epoch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch as they are asked for."""
@@ -159,6 +173,10 @@ class Batches:
     def _side(self) -> int:
         """Return which number of a shape varies: the rows when packed, else the length."""
         return 0 if self.pack else 1
+
+    def _holding(self, level: int) -> Shape:
+        """Return the smallest shape that holds so many rows, or such a length."""
+        return next(shape for shape in self.shapes if shape[self._side] >= level)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the examples of an epoch, `(steps, batch_size)`, padded with -1."""

@@ -11,9 +11,14 @@ import jax
 
 
 class Clock:
-    """Add up the seconds spent under each name; compilation is what JAX itself reports."""
+    """Add up the seconds spent under each name; compilation is what JAX itself reports.
 
-    def __init__(self) -> None:
+    Args:
+      runs: that go on at the same time; `total` is the share of each.
+    """
+
+    def __init__(self, runs: int = 1) -> None:
+        self.runs = runs
         self.seconds = {
             name: 0.0 for name in ("load", "train", "compile", "score", "allocate", "eval", "prune", "save")
         }
@@ -55,7 +60,8 @@ class Clock:
     def total(self) -> dict[str, float]:
         """Return all seconds so far, the total first."""
         self._count()
-        return {"total": self._mark - self._start, **self.seconds}
+        all_ = {"total": self._mark - self._start, **self.seconds}
+        return {name: seconds / self.runs for name, seconds in all_.items()}
 
     def add(self, before: Mapping[str, float]) -> None:
         """Count what a run took before it was resumed, as `total` said then."""

@@ -1,7 +1,8 @@
 """Run several methods on several tasks and seeds, and set them side by side.
 
 Every run is a process of its own; flags of `experiments.glue` beside those here go to all of them. Runs that are finished
-are read, not run again, and broken-off ones go on, so the command can be repeated until all is there.
+are read, not run again, and broken-off ones go on, so the command can be repeated until all is there. With `--together` those
+that differ in their seed alone train in one process and one compiled step; of these, broken-off ones begin anew.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import numpy as np
 
+from experiments.run import together
 from experiments.run.cli import parse_known
+from experiments.run.config import RunConfig
 from experiments.run.console import say
 from experiments.run.fields import COMMON
 from experiments.run.flags import FOLDER, chunks, name_of, parse_run
 from experiments.run.folder import Folder
-from experiments.run.settings import flag_text, owners
+from experiments.run.settings import OF_THE_RUN, flag_text, owners
 from experiments.run.stopping import Stop, Stopped, before_end
 from experiments.tasks import get_task
 from jaxprune.errors import UsageError, reason
@@ -37,7 +40,18 @@ from jaxprune.report.page import duration
 
 PROGRAM = "experiments.compare"
 # The first words of the lines of a run that are shown while it goes.
-_PROGRESS = ("loading", "planning", "scoring", "solving", "compiling", "evaluating", "pruning", "step", "writing")
+_PROGRESS = (
+    "loading",
+    "planning",
+    "scoring",
+    "solving",
+    "compiling",
+    "together",
+    "evaluating",
+    "pruning",
+    "step",
+    "writing",
+)
 # What the table takes from a summary.
 _READ = (
     "metric",
@@ -66,19 +80,21 @@ class CompareConfig:
     """which tasks"""
     seeds: tuple[int, ...] = (42,)
     """which seeds"""
+    together: bool = False
+    """train the seeds of a method and task in one compiled step, and its ranks or budgets too where they are masks alone"""
     output_dir: Annotated[Path | None, FOLDER] = Path("runs/compare")
     """where runs, table and picture go"""
 
 
 class Run(NamedTuple):
-    """One run of the comparison: its flags, and where it goes."""
+    """One run of the comparison: its flags and settings, and where it goes."""
 
     task: str
     method: str
     seed: int
     flags: list[str]
     folder: Path
-    model: str
+    config: RunConfig
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -97,27 +113,30 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
             _checked(config.output_dir, task, method, seed, given)
             for task in config.tasks for seed in config.seeds for method in config.methods
         ]  # fmt: skip
-        for model in {one.model for one in wanted}:
+        for model in {str(one.config.model) for one in wanted}:
             resolve(model)
+        groups = _grouped(wanted) if config.together else [[one] for one in wanted]
         folder.begin(clear=False)
         summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
         failures = []
         start = time.monotonic()
-        for number, one in enumerate(wanted, 1):
-            run = f"run {number} of {len(wanted)}: {one.task} with {one.method} and seed {one.seed}"
+        done = 0
+        for group in groups:
+            first, done = done + 1, done + len(group)
             try:
-                summary = _summary(one, folder, run)
+                found = _summaries(group, folder, f"{_numbered(first, done)} of {len(wanted)}: {_described(group)}")
             except RunError as error:
-                failures.append(f"{one.task} with {one.method} and seed {one.seed}: {error}")
+                failures.append(f"{_described(group)}: {error}")
                 say("failed", str(error))
                 continue
-            summaries.setdefault((one.task, one.method), []).append(summary)
-            say(
-                "score",
-                f"{summary['metric']} {summary['score']:.2f} (best {summary['best_score']:.2f}), "
-                f"{_trained(summary):,} trained parameters, in {duration(summary['seconds']['total'])}; "
-                f"{duration(time.monotonic() - start)} so far",
-            )
+            for one, summary in zip(group, found, strict=True):
+                summaries.setdefault((one.task, one.method), []).append(summary)
+                say(
+                    "score",
+                    f"{summary['metric']} {summary['score']:.2f} (best {summary['best_score']:.2f}), "
+                    f"{_trained(summary):,} trained parameters, in {duration(summary['seconds']['total'])}; "
+                    f"{duration(time.monotonic() - start)} so far",
+                )
         rows = [_row(task, method, runs) for (task, method), runs in summaries.items() if runs]
         if not rows:
             raise RunError("; ".join(failures))
@@ -131,7 +150,8 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
         print(f"\n{text}")
         say("files", f"{config.output_dir}/: table.md, {pictures}, logs/, and a folder for every run")
         if failures:
-            raise RunError(f"{len(failures)} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
+            missing = len(wanted) - sum(map(len, summaries.values()))
+            raise RunError(f"{missing} of {len(wanted)} runs are missing in the table: {'; '.join(failures)}")
         return rows
 
 
@@ -181,7 +201,34 @@ def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[Fo
     get_task(task).check_files(config.data_dir)
     if (found := _read(folder)) and (changes := config.differences(found["config"])):
         raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
-    return Run(task, method, seed, all_, folder, str(config.model))
+    return Run(task, method, seed, all_, folder, config)
+
+
+def _grouped(wanted: Sequence[Run]) -> list[list[Run]]:
+    """Put runs that train together side by side; finished ones stay alone."""
+    groups: dict[str, list[Run]] = {}
+    for one in wanted:
+        entry, plain = one.config.entry, one.config.plain()
+        # Where a method prunes, or changes something with the steps, ranks and budgets are more than masks at its start.
+        own = together.OWN if not set(OF_THE_RUN) & set(entry.settings) else ("seed", "output_dir", "overwrite")
+        alike = json.dumps({name: value for name, value in plain.items() if name not in own}, sort_keys=True)
+        groups.setdefault(str(one.folder) if _read(one.folder) else alike, []).append(one)
+    for group in groups.values():
+        together.check([one.config for one in group])
+    return list(groups.values())
+
+
+def _numbered(first: int, last: int) -> str:
+    return f"run {first}" if first == last else f"runs {first} to {last}"
+
+
+def _described(group: Sequence[Run]) -> str:
+    """Name the runs of a group."""
+    methods, seeds = (
+        list(dict.fromkeys(values)) for values in zip(*((one.method, one.seed) for one in group), strict=True)
+    )
+    seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{group[0].task} with {', '.join(methods)} and {seeds}{', together' * (len(group) > 1)}"
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -200,21 +247,25 @@ def _read(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def _summary(run: Run, folder: Folder, named: str) -> dict[str, Any]:
-    """Return what a run left behind, after running it where it has not ended."""
-    if (summary := _read(run.folder)) is not None:
+def _summaries(group: Sequence[Run], folder: Folder, named: str) -> list[dict[str, Any]]:
+    """Return what runs left behind, after running what has not ended: a single one from where it was, several anew."""
+    if len(group) == 1 and (summary := _read(group[0].folder)) is not None:
         say("finished", named)
-        return summary
-    glue = ["-m", get_task(run.task).program, *run.flags, "--resume", "--output-dir", str(run.folder)]
-    log = folder.own("logs") / f"{run.folder.name}.txt"
+        return [summary]
+    program, how = (
+        (get_task(group[0].task).program, "--resume") if len(group) == 1 else (together.PROGRAM, "--overwrite")
+    )
+    first, *others = ([*one.flags, how, "--output-dir", str(one.folder)] for one in group)
+    command = ["-m", program, *first, *(flag for one in others for flag in ("+", *one))]
+    log = folder.own("logs") / f"{group[0].folder.name}{'-together' * (len(group) > 1)}.txt"
     log.parent.mkdir(exist_ok=True)
-    say("running", f"{named}; all that it prints is in {log}")
-    status = _run_and_log(glue, log)
-    summary = None if status else _read(run.folder)
-    if summary is None:
+    say("running", f"{named}; all that {'it prints' if len(group) == 1 else 'they print'} is in {log}")
+    status = _run_and_log(command, log)
+    found = [None if status else _read(one.folder) for one in group]
+    if None in found:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise RunError(f"status {status}, {' '.join(last)}")
-    return summary
+    return [summary for summary in found if summary is not None]
 
 
 def _run_and_log(glue: Sequence[str], log: Path) -> int:
@@ -328,7 +379,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("trained parameters, without the head")
-        axes.set_ylabel(here[0]["metric"])
+        axes.set_ylabel(f"{here[0]['metric']}{', lower is better' * get_task(task).lower_is_better}")
         axes.set_title(task)
         axes.grid(alpha=0.25)
     known = {

@@ -77,13 +77,16 @@ def write(run: Finished) -> dict[str, Any]:
         "steps": int(run.state.step), "events": events, "device": device(),
         "command": ["python", "-m", run.task.program, "--config", str(folder.path / "config.yaml")],
     }  # fmt: skip
+    if run.clock.runs > 1:
+        summary["trained_together"] = run.clock.runs
     if plan and plan["gap"] is not None:
         summary["allocation"] = plan
     if events:
         summary |= {"adapter_params_at_start": run.kept["adapter_params"], "ranks_at_start": run.kept["ranks"]}
         title = f"{run.config.method} on {run.task.name}"
+        better = ", lower is better" if run.task.lower_is_better else ""
         report.plot_pruning(
-            run.recorder.history(), events, folder.own("pruning.png"), title=title, metric=run.task.metrics[0],
+            run.recorder.history(), events, folder.own("pruning.png"), title=title + better, metric=run.task.metrics[0],
             budget=events[-1].get("budget"),
         )  # fmt: skip
         report.plot_ranks_before_after(run.kept["ranks"], ranks, run.sites, folder.own("ranks_after.png"), title=title)

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.data.packing import Batches
 from experiments.run.clock import Clock
 from experiments.run.config import RunConfig
 from experiments.run.folder import Folder
+from experiments.run.loading import Loaded
 from experiments.tasks.base import Task
 from jaxprune import report
 from jaxprune.adapters import count, with_weights
@@ -40,24 +40,22 @@ class Recorder:
         config: RunConfig,
         folder: Folder,
         task: Task,
-        validation: dict[str, Batches],
-        labels: dict[str, np.ndarray],
+        loaded: Loaded,
         params,
-        predict,
         method: Method,
         schedule,
         clock: Clock,
-        kept: dict[str, Any] | None = None,
+        kept: dict[str, Any],
     ) -> None:
         self._folder, self._path, self._every = folder, folder.own("metrics.jsonl"), config.log_steps or 1
-        self._task, self._validation, self._labels = task, validation, labels
-        self._params, self._predict, self._method = params, predict, method
+        self._task, self._data, self._predict = task, loaded.data, loaded.predict
+        self._params, self._method = params, method
         self._schedule, self._clock = schedule, clock
         self._board = _tensorboard(folder.own("tensorboard")) if config.tensorboard else None
         self._losses: list[float] = []  # of the steps since the last note
         self._loss: float | None = None  # their mean at the last note
-        self.last: dict[str, float] = (kept or {}).get("last", {})
-        self.best: float = (kept or {}).get("best", -math.inf)
+        self.last: dict[str, float] = kept.get("last", {})
+        self.best: float = kept.get("best", math.inf if task.lower_is_better else -math.inf)
 
     def log(self, number: int, metrics: dict[str, float]) -> None:
         """Write a training line every `log_steps` steps."""
@@ -71,23 +69,30 @@ class Recorder:
         with self._clock.timing("eval"):
             adapters, masks = self._method.seen(state.method_state, state.adapters, state.masks)
             params = with_weights(self._params, state.weights)
-            for split, batches in self._validation.items():
-                outputs = [self._predict(params, adapters, masks, batch) for batch in batches.all()]
+            for split, batches in self._data.validation.items():
+                finished = map(self._task.finish, batches.all())
+                outputs = [self._predict(params, adapters, masks, batch) for batch in finished]
                 found = batches.restore(jax.device_get(outputs))
                 if not np.isfinite(found).all():
                     raise NonFiniteError(
                         f"step {number}: the outputs on {split} are not finite; lower the learning rate"
                     )
-                metrics = self._task.score(found, self._labels[split])
+                metrics = self._task.score(found, self._data.labels[split])
                 self._write(number, {"split": split, **metrics})
                 if split == self._task.validation[0]:
                     self.last = metrics
                 else:
                     self.last |= {f"{split}/{name}": value for name, value in metrics.items()}
         score = self.last[self._task.metrics[0]]
-        self.best = max(self.best, score)
+        self.best = min(self.best, score) if self._task.lower_is_better else max(self.best, score)
         counted = parameters(state)
         return f"{self._task.metrics[0]} {score:.2f} (best {self.best:.2f}), {said(counted)}"
+
+    @property
+    def worth(self) -> float | None:
+        """Return the last score so that larger is better; None before the first evaluation."""
+        score = self.last.get(self._task.metrics[0])
+        return -score if score is not None and self._task.lower_is_better else score
 
     def loss_so_far(self) -> str:
         """Return the mean training loss of the steps since this was last asked for, and how it has changed."""

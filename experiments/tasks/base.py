@@ -42,6 +42,11 @@ class Task(Protocol):
         """What the Hugging Face Hub calls such a task, for the model card."""
         ...
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Say whether a lower score is the better one, as of a loss."""
+        ...
+
     def check_files(self, data_dir: Path | None) -> None:
         """Refuse a folder without the task's files, before anything is opened or downloaded."""
         ...
@@ -58,8 +63,20 @@ class Task(Protocol):
         """Turn rows into tokens and labels; labels have any shape behind the axis of the examples."""
         ...
 
+    def evaluated_at_once(self, batch_size: int) -> int:
+        """Return the examples in a batch of an evaluation, for runs with `batch_size` in one of training."""
+        ...
+
+    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Make a batch of `experiments.data.packing` into what `loss` and `outputs` take, on the host.
+
+        Every batch comes through here: of training (with an axis of microbatches before all others, where there are several),
+        of evaluation, and of the scores (there with one of single examples). Batches of one shape become batches of one shape.
+        """
+        ...
+
     def loss(self, apply: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """Return the mean loss of a batch of `experiments.data.packing`, whose `weights` have mean 1."""
+        """Return the mean loss of a finished batch; over microbatches the mean of theirs is that of the step."""
         ...
 
     def outputs(self, apply: Any, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -41,6 +41,7 @@ class Classification:
     hub: str | None = "nyu-mll/glue"
     program = "experiments.glue"
     pipeline = "text-classification"
+    lower_is_better = False
 
     @property
     def regression(self) -> bool:
@@ -78,6 +79,14 @@ class Classification:
         encoded = tokens.encode(rows, model.folder, max_length)
         tokens.check_ids(encoded, model.config, model.folder)
         return encoded
+
+    def evaluated_at_once(self, batch_size: int) -> int:
+        """Return four times the examples of a training batch: no gradients are kept."""
+        return 4 * batch_size
+
+    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Scale the weights to mean 1, so that fillers do not dilute the mean loss of a batch."""
+        return {**batch, "weights": batch["weights"] * (batch["weights"].size / batch["weights"].sum())}
 
     def loss(self, apply: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """Return the mean cross-entropy, or squared error for regression."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.errors import UsageError, shown
 from jaxprune.inputs import whole
@@ -28,7 +29,7 @@ def fit(
     batches: Iterable[Any],
     *,
     total_steps: int,
-    log: Callable[[int, dict[str, float]], None] = lambda number, metrics: None,
+    log: Callable[[int, dict[str, Any]], None] = lambda number, metrics: None,
     pause_at: Callable[[int], bool] = lambda number: False,
     pause: Callable[[int, TrainState], tuple[TrainState, str]] = lambda number, state: (state, ""),
     stop: Callable[[], bool] = lambda: False,
@@ -42,7 +43,8 @@ def fit(
     Args:
       step: from `make_step`.
       params: the frozen parameters.
-      state: where to start; donated.
+      state: where to start; donated. Where a step of several states at once is mapped over their leading axis (all but `step`),
+        metrics are lists, and the bar shows the mean loss.
       batches: the batches still to do, one a step.
       total_steps: optimiser steps of the whole run, for the progress bar.
       log: called with every step's number (1, 2, ...) and its metrics as floats.
@@ -86,15 +88,17 @@ def fit(
 
     def settle() -> None:
         done, launched = pending.popleft()
-        metrics = {name: float(value) for name, value in jax.device_get(launched).items()}
-        leaf = int(metrics.pop("nonfinite"))
-        if leaf >= 0:
+        metrics = {name: np.asarray(value).tolist() for name, value in jax.device_get(launched).items()}
+        leaves, losses = np.ravel(metrics.pop("nonfinite")), np.ravel(metrics["loss"])
+        for run in np.flatnonzero(leaves >= 0)[:1]:
+            leaf = leaves[run]
             what = names[leaf] if leaf == len(names) - 1 else f"the gradient of {names[leaf]}"
+            whose = f" in run {run + 1} of {len(leaves)}" if len(leaves) > 1 else ""
             raise NonFiniteError(
-                f"step {done}: {what} is not finite (loss {metrics['loss']:.4g}); lower the learning rate, clip "
+                f"step {done}: {what} is not finite{whose} (loss {losses[run]:.4g}); lower the learning rate, clip "
                 f"gradients, or look for bad values in the data"
             )
-        postfix["loss"] = f"{metrics['loss']:.4f}"
+        postfix["loss"] = f"{losses.mean():.4f}"
         bar.set_postfix(postfix, refresh=False)
         bar.update(1)
         log(done, metrics)

@@ -123,6 +123,34 @@ def test_a_batch_depends_on_seed_epoch_and_step_alone():
     assert not same(Batches(encoded, 16, 4).batch(0, 0), once[0, 0])
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_larger_shape_adds_padding_alone(pack):
+    encoded = make(random_lengths(300))
+    batches = Batches(encoded, 16, 3, pack=pack)
+    assert len(batches.shapes) > 1
+    for step in range(batches.steps_per_epoch):
+        shape, batch = batches.shape(1, step), batches.batch(1, step)
+        assert batch["input_ids"].shape == shape
+        larger = batches.batch(1, step, batches.shapes[-1])
+        assert larger["input_ids"].shape == batches.shapes[-1]
+        assert examples_in(larger) == examples_in(batch)
+        rows, length = shape
+        for key in ("input_ids", "segment_ids", "position_ids", "token_type_ids"):
+            np.testing.assert_array_equal(larger[key][:rows, :length], batch[key])
+            assert larger[key].sum() == batch[key].sum()
+
+
+def test_another_seed_of_the_same_batches():
+    encoded = make(random_lengths(100))
+    first, new = Batches(encoded, 8, 1), Batches(encoded, 8, 2)
+    assert first.batch(1, 0) and first.tokens_per_real_token
+    other = first.reseeded(2)
+    assert other.tokens_per_real_token == new.tokens_per_real_token
+    for epoch, step in itertools.product((0, 1), range(first.steps_per_epoch)):
+        assert same(other.batch(epoch, step), new.batch(epoch, step))
+    assert first.seed == 1 and first.indices(1, 0).tolist() == Batches(encoded, 8, 1).indices(1, 0).tolist()
+
+
 def test_all_seeds_share_their_shapes():
     encoded = make(random_lengths(500))
     assert Batches(encoded, 32, 0).shapes == Batches(encoded, 32, 777).shapes

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import tasks
 from experiments.data import tokens
@@ -29,6 +30,7 @@ class Counting:
     metrics: tuple[str, ...] = ("right", "near")
     validation: tuple[str, ...] = ("held out",)
     pipeline: str = "other"
+    lower_is_better: bool = False
 
     def check_files(self, data_dir):
         assert data_dir is None
@@ -47,6 +49,12 @@ class Counting:
 
     def encode(self, rows, model, max_length):
         return tokens.encode(rows, model.folder, max_length, cache_dir=None)
+
+    def evaluated_at_once(self, batch_size):
+        return batch_size
+
+    def finish(self, batch):
+        return {**batch, "weights": batch["weights"] / batch["weights"].mean()}
 
     def loss(self, apply, batch, key):
         off = jnp.square(tokens.read(apply, batch, key) - batch["labels"]).sum(-1)
@@ -86,6 +94,19 @@ def test_it_trains_is_scored_and_is_left_behind(tiny_bert, tmp_path, monkeypatch
     # A whole model is saved by the task too.
     summary = run(RunConfig.of(method="full", output_dir=tmp_path / "full", max_steps=1, **about))
     assert (tmp_path / "full" / "model" / "counting.json").exists() and summary["adapter_params"] == 0
+
+
+@pytest.mark.parametrize(("lower", "best"), [(True, 2), (False, 3)])
+def test_the_best_may_be_the_least(lower, best, tiny_bert, tmp_path, monkeypatch):
+    """Of the scores 5, 1, 9, 4, one an evaluation: in the summary, and among the checkpoints beside the last."""
+    scores = iter([5.0, 1.0, 9.0, 4.0])
+    monkeypatch.setattr(Counting, "score", lambda self, outputs, labels: {"right": next(scores), "near": 0.0})
+    monkeypatch.setitem(tasks.TASKS, "counting", Counting(lower_is_better=lower))
+    about = dict(task="counting", model=str(tiny_bert), batch_size=8, max_length=24, eval_steps=1, max_steps=4, keep=1)
+    summary = run(RunConfig.of(method="lora", rank=2, output_dir=tmp_path / "run", **about))
+    assert summary["score"] == 4.0 and summary["best_score"] == (1.0 if lower else 9.0)
+    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {best, 4}
 
 
 def test_no_room_of_the_loop_names_a_task():
