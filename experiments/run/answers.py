@@ -39,7 +39,7 @@ class AnswerConfig:
     """Answer the questions of MT-Bench with a decoder, as FastChat's judge reads them."""
 
     target: tyro.conf.Positional[str]
-    """a run of experiments.alpaca, an adapter of PEFT, or a model: a folder, a GGUF file or a hub id"""
+    """what a run has left, an adapter of PEFT, or a model: a folder, a GGUF file or a hub id"""
     questions: Path
     """FastChat's question.jsonl"""
     model: str | None = None

@@ -36,7 +36,7 @@ def card(config: RunConfig, task: Task, metrics: Mapping[str, float], *, library
 
 {task.usage(config.max_length)}
 
-| score on the {task.validation[0].replace("_", ", ")} rows | % |
+| score on the {task.validation[0].replace("_", ", ")} rows | {"" if task.lower_is_better else "%"} |
 | --- | --- |
 {scores}
 """

@@ -198,7 +198,7 @@ def _checked(parent: Path, task: str, method: str, seed: int, flags: Sequence[Fo
         raise UsageError(
             "--method, --task and --seed of single runs are not for here; give --methods, --tasks and --seeds"
         )
-    get_task(task).check_files(config.data_dir)
+    config.chosen().check_files(config.data_dir)
     if (found := _read(folder)) and (changes := config.differences(found["config"])):
         raise UsageError(f"the finished run in {str(folder)!r} has other settings: {changes}; use another --output-dir")
     return Run(task, method, seed, all_, folder, config)

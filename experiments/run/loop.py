@@ -18,7 +18,6 @@ from experiments.run.loading import load
 from experiments.run.one import Run
 from experiments.run.record import MADE
 from experiments.run.stopping import Stop, Stopped
-from experiments.tasks import get_task
 from jaxprune import report
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError
@@ -35,7 +34,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep or 1)
         if config.resume and (summary := _finished(config, folder)):
             return summary
-        kept, task = _look_back(config, checkpoints), get_task(config.task)
+        kept, task = _look_back(config, checkpoints), config.chosen()
         settings = settings_file.written(given, config)
         one = Run(config, settings, task, load(config, task, clock), folder, checkpoints, clock)
         state = one.begin(one.plan()) if kept is None else one.resume(kept)
@@ -55,7 +54,10 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def inputs(config: RunConfig) -> dict[str, Path]:
     """Return flag -> folder or file of what a run reads, where it lies on this machine."""
-    given = {"--model": Path(config.model or ""), "--data-dir": config.data_dir}
+    given = {
+        "--model": Path(config.model or ""), "--data-dir": config.data_dir, "--train-file": config.train_file,
+        "--validation-file": config.validation_file,
+    }  # fmt: skip
     return {flag: path for flag, path in given.items() if path and path.exists()}
 
 

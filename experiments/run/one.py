@@ -109,7 +109,8 @@ class Run:
         """
         model, plan = self._loaded.model, start.plan
         adapters, masks, self._own = room or Room(start.adapters, start.masks, None)
-        weights = init_weights(model.params, HEAD)
+        # A decoder has no head of the task.
+        weights = init_weights(model.params, HEAD) if "head" in model.params else {}
         if self.config.train_head:
             weights = {**start.weights, **weights}
         else:

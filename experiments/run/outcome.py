@@ -20,8 +20,7 @@ from experiments.tasks.base import Task
 from jaxprune import report
 from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, merge, with_weights
 from jaxprune.methods import Method
-from jaxprune.models import EncoderConfig, Pretrained
-from jaxprune.models.save import tokenizer_files
+from jaxprune.models import Pretrained, PretrainedDecoder
 from jaxprune.peft import save_adapters, save_peft
 from jaxprune.sites import Site, flatten
 from jaxprune.surgery import extract
@@ -52,7 +51,7 @@ class Finished(NamedTuple):
     config: RunConfig
     folder: Folder
     task: Task
-    model: Pretrained
+    model: Pretrained | PretrainedDecoder
     initial: Adapters | None
     method: Method
     sites: Sequence[Site]
@@ -95,7 +94,7 @@ def write(run: Finished) -> dict[str, Any]:
     report.write_json(folder.own("summary.json"), summary)
     folder.own("report.html")
     report.write_page(folder.path)
-    _conclude(summary, folder.path, saved)
+    _conclude(run.task, summary, folder.path, saved)
     return summary
 
 
@@ -115,36 +114,36 @@ def _save(run: Finished) -> Saved:
         return Saved("model", "it is the smaller model, without the masked channels: give it to --model", sizes)
     if not adapters:
         _save_model(run, model.config, with_weights(model.params, weights), "transformers")
-        return Saved("model", "give it to --model or to AutoModelForSequenceClassification.from_pretrained")
-    tokenizer = {path.name: path.read_bytes() for path in tokenizer_files(model.folder)}
+        return Saved("model", f"give it to --model or to {run.task.auto_class}.from_pretrained")
     if any(isinstance(adapter, Bottleneck) for adapter in adapters.values()):
-        beside = {**tokenizer, **_about(run, run.config.model, None)}
+        beside = _about(run, run.config.model, None)
         save_adapters(adapters, masks, folder.own("adapter"), weights=weights, beside=beside)
         folder.complete("adapter")
         return Saved("adapter", "PEFT has no format for it; jp.load_adapters reads it")
     save_peft(
         adapters, masks, folder.own("adapter"), weights=weights, torch_paths=model.torch_paths, params=model.params,
-        base_model=run.config.model, initial=run.initial, beside={**tokenizer, **_about(run, run.config.model, "peft")},
+        base_model=run.config.model, initial=run.initial, task_type=run.task.task_type,
+        beside=_about(run, run.config.model, "peft"),
     )  # fmt: skip
     folder.complete("adapter")
     return Saved("adapter", "give it to PeftModel.from_pretrained or jp.load_peft")
 
 
-def _save_model(run: Finished, config: EncoderConfig, params: Any, library: str | None) -> None:
+def _save_model(run: Finished, config: Any, params: Any, library: str | None) -> None:
     """Save a checkpoint that needs no other."""
-    run.task.save(run.folder.own("model"), config, params, run.model.folder, _about(run, None, library))
+    run.task.save(run.folder.own("model"), config, params, _about(run, None, library))
     run.folder.complete("model")
 
 
 def _about(run: Finished, base_model: str | None, library: str | None) -> dict[str, bytes]:
-    """Return the files that say what the folder beside them predicts, for `load_run` and for people."""
+    """Return the tokenizer, and the files that say what the folder beside them does, for programs and for people."""
     config, task = run.config, run.task
     assert config.max_length and config.dtype
     reading = task.reading(base_model, config.max_length, config.dtype)
-    return {**reading, **card(config, task, run.recorder.last, library=library)}
+    return {**run.model.tokenizer_files(), **reading, **card(config, task, run.recorder.last, library=library)}
 
 
-def _conclude(summary: dict[str, Any], folder: Path, saved: Saved) -> None:
+def _conclude(task: Task, summary: dict[str, Any], folder: Path, saved: Saved) -> None:
     best, seconds = f" (best {summary['best_score']:.2f})", summary["seconds"]
     metrics = {summary["metric"]: summary["score"], **summary["metrics"]}
     scores = (f"{name} {value:.2f}{best if name == summary['metric'] else ''}" for name, value in metrics.items())
@@ -167,5 +166,5 @@ def _conclude(summary: dict[str, Any], folder: Path, saved: Saved) -> None:
     spent = ", ".join(f"{name} {seconds[kind]:.1f}" for kind, name in _SPENT.items() if seconds[kind] >= 0.05)
     say("time", f"{seconds['total']:.1f} s: {spent}")
     say("files", f"{folder}/: {', '.join(name for name in MADE if (folder / name).exists())}")
-    say("next", f"open {folder}/report.html, or predict with jp.load_run({str(folder)!r})")
+    say("next", f"open {folder}/report.html, or {task.use(folder)}")
     say(f"{saved.name}/", saved.use)

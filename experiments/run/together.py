@@ -30,7 +30,6 @@ from experiments.run.one import Room, Run
 from experiments.run.record import MADE
 from experiments.run.settings import flag_text
 from experiments.run.stopping import Stop, Stopped
-from experiments.tasks import get_task
 from experiments.tasks.base import Task
 from jaxprune.checkpoint import Checkpoints
 from jaxprune.errors import UsageError
@@ -75,7 +74,7 @@ def run(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     clock = Clock(len(configs))
     given, configs = configs, [config.resolve() for config in configs]
     check(configs)
-    first, task = configs[0], get_task(configs[0].task or "")
+    first, task = configs[0], configs[0].chosen()
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(Folder(config.output_dir, MADE)) for config in configs if config.output_dir]
         for config, folder in zip(configs, folders, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.data.rows import Rows
 from experiments.data.tokens import Encoded
-from jaxprune.models import Pretrained
+from jaxprune.models import Pretrained, PretrainedDecoder
 
 
 class Task(Protocol):
@@ -55,11 +55,11 @@ class Task(Protocol):
         """Read and check every split, `train` first and of it at most so many rows."""
         ...
 
-    def load(self, model: str, dtype: Any, seed: int) -> Pretrained:
+    def load(self, model: str, dtype: Any, seed: int) -> Pretrained | PretrainedDecoder:
         """Load a model with the head that the task needs, whose parameters lie under `head/`."""
         ...
 
-    def encode(self, rows: Rows, model: Pretrained, max_length: int) -> Encoded:
+    def encode(self, rows: Rows, model: Any, max_length: int) -> Encoded:
         """Turn rows into tokens and labels; labels have any shape behind the axis of the examples."""
         ...
 
@@ -71,7 +71,7 @@ class Task(Protocol):
         """Make a batch of `experiments.data.packing` into what `loss` and `outputs` take, on the host.
 
         Every batch comes through here: of training (with an axis of microbatches before all others, where there are several),
-        of evaluation, and of the scores (there with one of single examples). Batches of one shape become batches of one shape.
+        of evaluation, and of the scores, there of single examples too. Batches of one shape become batches of one shape.
         """
         ...
 
@@ -87,8 +87,22 @@ class Task(Protocol):
         """Compute every metric, in percent, of the outputs of a whole split."""
         ...
 
-    def save(self, folder: Path, config: Any, params: Any, tokenizer: Path, beside: Mapping[str, bytes]) -> None:
-        """Write a model without adapters as a checkpoint that `load` takes, with further files beside it."""
+    @property
+    def task_type(self) -> str:
+        """What PEFT calls such a task."""
+        ...
+
+    @property
+    def auto_class(self) -> str:
+        """The class of `transformers` that loads a checkpoint of it."""
+        ...
+
+    def use(self, folder: Path) -> str:
+        """Say how to use what a run has left in a folder."""
+        ...
+
+    def save(self, folder: Path, config: Any, params: Any, beside: Mapping[str, bytes]) -> None:
+        """Write a model without adapters as a checkpoint that `load` takes, with further files beside it, the tokenizer's too."""
         ...
 
     def reading(self, base_model: str | None, max_length: int, dtype: str) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from experiments.data.tokens import Encoded
 from jaxprune.errors import UsageError
 from jaxprune.models.decoder_weights import load_decoder, save_decoder
 from jaxprune.models.tokenizer import Tokenizer, load_tokenizer
+from jaxprune.writing import WRITING, Writing
 
 _FREE = ("loss", "perplexity", "token_accuracy", "exact_match")
 
@@ -49,6 +49,8 @@ class Causal:
     validation = ("validation",)
     program = "experiments.alpaca"
     pipeline = "text-generation"
+    task_type = "CAUSAL_LM"
+    auto_class = "AutoModelForCausalLM"
 
     @property
     def lower_is_better(self) -> bool:
@@ -93,9 +95,9 @@ class Causal:
         """Return as many examples as are in a training batch."""
         return batch_size
 
-    def finish(self, batch: Mapping[str, np.ndarray], apart: bool = False) -> dict[str, np.ndarray]:
+    def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return what the model takes of a batch of `experiments.data.packing`; see `finish`."""
-        return finish(batch, apart)
+        return finish(batch)
 
     def loss(self, apply: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         r"""Return the mean cross-entropy of the predicted tokens, $\sum_{rs} w_{rs}\, \mathrm{nll}_{rs}$."""
@@ -128,18 +130,18 @@ class Causal:
         }
         return {name: found[name] for name in self.metrics}
 
-    def save(self, folder: Path, config: Any, params: Any, tokenizer: Path, beside: Mapping[str, bytes]) -> None:
+    def use(self, folder: Path) -> str:
+        """Say how to ask."""
+        return f'ask with python -m jaxprune generate {folder} "..."'
+
+    def save(self, folder: Path, config: Any, params: Any, beside: Mapping[str, bytes]) -> None:
         """Write a checkpoint as `transformers` does."""
-        save_decoder(folder, config, params, beside={**load_tokenizer(tokenizer).files(), **beside})
+        save_decoder(folder, config, params, beside=beside)
 
     def reading(self, base_model: str | None, max_length: int, dtype: str) -> dict[str, bytes]:
         """Return the file that says how an instruction is put to the model."""
         form = TEMPLATES[self.template]
-        said = {
-            "base_model": base_model, "template": self.template if form is None else form._asdict(),
-            "max_length": max_length, "dtype": dtype,
-        }  # fmt: skip
-        return {"generate.json": (json.dumps(said, indent=2) + "\n").encode()}
+        return {WRITING: Writing(base_model, form and form._asdict(), max_length, dtype).content()}
 
     def usage(self, max_length: int) -> str:
         """Say in the model card what is read and written, and how."""
@@ -194,7 +196,7 @@ def encode(rows: Rows, tokenizer: Tokenizer, template: str, max_length: int) -> 
     )
 
 
-def finish(batch: Mapping[str, np.ndarray], apart: bool = False) -> dict[str, np.ndarray]:
+def finish(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     r"""Return what the model takes of a batch.
 
     With $N$ predicted tokens in all $k$ microbatches of a step, a token's weight is $w = k / N$: the mean over the
@@ -202,7 +204,6 @@ def finish(batch: Mapping[str, np.ndarray], apart: bool = False) -> dict[str, np
 
     Args:
       batch: of `experiments.data.packing`, with `predicted` (R, S), and before these the k microbatches, if any.
-      apart: whether the leading axis is of batches that stand for themselves, each with a mean of its own.
 
     Returns:
       `input_ids`, `segment_ids`, `position_ids` (R, T) and `labels` (B,) as they were, and (R, S) each: `scored`, the place
@@ -212,10 +213,9 @@ def finish(batch: Mapping[str, np.ndarray], apart: bool = False) -> dict[str, np
     if batch["input_ids"].ndim == 3:
         parts = [{name: x[i] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
         done = [finish(part) for part in parts]
-        if not apart:
-            tokens = [np.count_nonzero(part["predicted"]) for part in parts]
-            for part, count in zip(done, tokens, strict=True):
-                part["weights"] *= np.float32(count * len(parts) / sum(tokens))
+        tokens = [np.count_nonzero(part["predicted"]) for part in parts]
+        for part, count in zip(done, tokens, strict=True):
+            part["weights"] *= np.float32(count * len(parts) / sum(tokens))
         return {name: np.stack([part[name] for part in done]) for name in done[0]}
     places = batch["predicted"]
     real = places > 0  # each example begins with its prompt

@@ -41,6 +41,8 @@ class Classification:
     hub: str | None = "nyu-mll/glue"
     program = "experiments.glue"
     pipeline = "text-classification"
+    task_type = "SEQ_CLS"
+    auto_class = "AutoModelForSequenceClassification"
     lower_is_better = False
 
     @property
@@ -105,9 +107,13 @@ class Classification:
         """Compute every metric, in percent."""
         return compute(self, outputs, labels)
 
-    def save(self, folder: Path, config: Any, params: Any, tokenizer: Path, beside: Mapping[str, bytes]) -> None:
+    def use(self, folder: Path) -> str:
+        """Say how to predict."""
+        return f"predict with jp.load_run({str(folder)!r})"
+
+    def save(self, folder: Path, config: Any, params: Any, beside: Mapping[str, bytes]) -> None:
         """Write a checkpoint as `transformers` does, with the names of the classes."""
-        save_classifier(folder, config, params, tokenizer=tokenizer, labels=self.labels, beside=beside)
+        save_classifier(folder, config, params, labels=self.labels, beside=beside)
 
     def reading(self, base_model: str | None, max_length: int, dtype: str) -> dict[str, bytes]:
         """Return the file that says how texts are read and what the classes are called."""

@@ -24,7 +24,7 @@ def attend(q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, mask, *, chunk: int, causal: bool, i
       k_BxSxNxK: keys; H is a multiple of N.
       v_BxSxNxK: values.
       mask: bool, (B, T, S), which keys a query may see; where `causal` those after it need not be out.
-      chunk: queries whose scores exist at a time.
+      chunk: queries whose scores exist at a time; 0 for a quarter of a row, 64 or more.
       causal: whether query t sees no key after the t-th, T and S being one length.
       implementation: "cudnn" or "xla".
     """
@@ -35,7 +35,7 @@ def attend(q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, mask, *, chunk: int, causal: bool, i
     length = q_BxTxHxK.shape[1]
     if not causal:
         return _plain(q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, mask)
-    parts = []
+    parts, chunk = [], chunk or max(64, -(-length // 4))
     for start in range(0, length, chunk):  # each sees no key after its own last: half of all scores are never made
         own, seen = slice(start, min(start + chunk, length)), slice(0, min(start + chunk, length))
         before = jnp.arange(seen.stop)[None, :] <= jnp.arange(own.start, own.stop)[:, None]

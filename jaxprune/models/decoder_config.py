@@ -92,7 +92,7 @@ class DecoderConfig:
       remat: what the backward pass computes again: nothing (`none`), everything but the layers' inputs (`full`), all but the
         matrix products (`dots`), or all but those with frozen kernels (`names`).
       attention: `xla`, `cudnn` on a GPU in 16 bits, or `auto`: cuDNN where it runs and a test at start finds it right.
-      query_chunk: queries whose scores exist at a time, without cuDNN.
+      query_chunk: queries whose scores exist at a time, without cuDNN; 0 for a quarter of a row, 64 or more.
       loss_chunk: positions of a row whose logits exist at a time, where targets are given; 0 for all.
       dtype: type of the kernels and of the computation; norms, softmax and loss are float32.
     """
@@ -118,7 +118,7 @@ class DecoderConfig:
     groups: tuple[int, ...] = ()
     remat: str = "none"
     attention: str = "auto"
-    query_chunk: int = 256
+    query_chunk: int = 0
     loss_chunk: int = 128
     dtype: Any = jnp.float32
 
@@ -150,7 +150,7 @@ class DecoderConfig:
             )
         require(self.remat in REMAT, "remat", self.remat, REMAT)
         require(self.attention in ATTENTION, "attention", self.attention, ATTENTION)
-        _whole("query_chunk", self.query_chunk, 1, _MOST)
+        _whole("query_chunk", self.query_chunk, 0, _MOST)
         _whole("loss_chunk", self.loss_chunk, 0, _MOST)
         check_dtype(self.dtype)
 

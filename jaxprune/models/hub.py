@@ -20,6 +20,7 @@ FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*
 CHAT = ("chat_template.jinja", "generation_config.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "sentencepiece*")
 GGUF = ".gguf"
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", *VOCABULARIES)
 TIMEOUT = 10.0  # seconds for the hub's first answer, name look-up included
 
 
@@ -95,6 +96,11 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
         gguf = weights if weights.name.endswith(GGUF) else None
         return _found(name, Source(weights.parent, "package", gguf))
     return _found(name, Source(_download(name, revision, package), "hub"))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the tokenizer's files in the folder of a model."""
+    return sorted({path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()})
 
 
 def _found(name: str, source: Source) -> Source:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +20,9 @@ from jaxprune.errors import UsageError, reason, shown
 from jaxprune.models.config import FAMILIES, EncoderConfig
 from jaxprune.models.convert import classifier_torch_paths, convert
 from jaxprune.models.encoder import SequenceClassifier
-from jaxprune.models.hub import refuse_gguf, resolve
+from jaxprune.models.hub import refuse_gguf, resolve, tokenizer_files
 from jaxprune.models.weights import open_weights
-from jaxprune.sites import flatten, unflatten
+from jaxprune.sites import Site, find_sites, flatten, unflatten
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,14 @@ class Pretrained:
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
     torch_paths: dict[str, str]
+
+    def sites(self, targets: str | Sequence[str] = "all-linear") -> tuple[Site, ...]:
+        """Find the sites that `targets` selects."""
+        return find_sites(self.params, targets)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer, {name: content}."""
+        return {path.name: path.read_bytes() for path in tokenizer_files(self.folder)}
 
 
 def load_classifier(

@@ -17,7 +17,7 @@ from jaxprune.files import checked_path, new_folder
 from jaxprune.models.config import EncoderConfig
 from jaxprune.models.convert import modules
 from jaxprune.models.encoder import SequenceClassifier
-from jaxprune.models.hub import VOCABULARIES
+from jaxprune.models.hub import TOKENIZER, tokenizer_files
 from jaxprune.models.pretrained import parameter_shapes
 from jaxprune.models.weights import SINGLE
 from jaxprune.sites import flatten
@@ -25,7 +25,6 @@ from jaxprune.sites import flatten
 CONFIG = "config.json"
 # Stands in the weights' own metadata: a model without it, such as one that was downloaded, is never replaced.
 _MADE_BY = {"made_by": "jaxprune"}
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", *VOCABULARIES)
 
 
 def save_classifier(
@@ -84,7 +83,7 @@ def save_classifier(
             array = np.asarray(flat[f"{module.path}/{leaf.name}"], np.float32)
             tensors[f"{module.torch}.{leaf.torch[0]}"] = np.ascontiguousarray(array.T if leaf.transpose else array)
     beside = beside or {}
-    with new_folder(folder, (CONFIG, SINGLE, *_TOKENIZER, *beside), "model") as new:
+    with new_folder(folder, (CONFIG, SINGLE, *TOKENIZER, *beside), "model") as new:
         _check_own(folder, source)
         save_file(tensors, new / SINGLE, metadata={"format": "pt", **_MADE_BY})
         for path in tokenizer_files(source) if source else ():
@@ -93,11 +92,6 @@ def save_classifier(
             (new / name).write_bytes(content)
         (new / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """List the tokenizer's files in the folder of a model."""
-    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()})
 
 
 def _labelled(config: EncoderConfig, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from experiments.data.packing import Batches, evaluation_batches, single_example
 from experiments.data.prompts import TEMPLATES, prompt
 from experiments.data.rows import Rows
 from experiments.data.tokens import Encoded
+from experiments.run.loading import each_finished
 from experiments.tasks import causal, get_task
 from jaxprune.errors import UsageError
 from jaxprune.models.decoder_config import DecoderConfig
@@ -294,7 +295,7 @@ def test_splits_have_room_for_the_fullest_of_them():
 
 def test_single_examples_have_means_of_their_own():
     task, encoded = get_task("alpaca"), examples(7)
-    batch = causal.finish(single_example_batches(encoded, 7), apart=True)
+    batch = each_finished(task, single_example_batches(encoded, 7))
     losses = [float(task.loss(decoder, part, None)) for part in parts(batch)]
     expected = [by_hand(encoded, i)[0] / by_hand(encoded, i)[1] for i in range(7)]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

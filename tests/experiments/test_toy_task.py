@@ -30,6 +30,8 @@ class Counting:
     metrics: tuple[str, ...] = ("right", "near")
     validation: tuple[str, ...] = ("held out",)
     pipeline: str = "other"
+    task_type: str = "SEQ_CLS"
+    auto_class: str = "AutoModelForSequenceClassification"
     lower_is_better: bool = False
 
     def check_files(self, data_dir):
@@ -68,8 +70,11 @@ class Counting:
         off = np.abs(outputs - labels)
         return {"right": 100 * float((off < 0.5).mean()), "near": 100 * float((off < 1.5).mean())}
 
-    def save(self, folder, config, params, tokenizer, beside):
-        save_classifier(folder, config, params, tokenizer=tokenizer, beside=beside)
+    def use(self, folder):
+        return f"count with {folder}"
+
+    def save(self, folder, config, params, beside):
+        save_classifier(folder, config, params, beside=beside)
 
     def reading(self, base_model, max_length, dtype):
         return {"counting.json": json.dumps([base_model, max_length, dtype]).encode()}
