@@ -93,7 +93,7 @@ def for_seed(loaded: Loaded, config: RunConfig, task: Task) -> Loaded:
 
 
 def _load_data(config: RunConfig, task: Task, model: Pretrained | PretrainedDecoder) -> Data:
-    """Load, tokenise and pack a task; scores see the first 500 training examples."""
+    """Load, tokenise and pack a task; scores see the first training examples."""
     assert config.max_length and config.batch_size and config.score_batches
     if config.max_length > model.config.max_length:
         raise UsageError(
@@ -101,7 +101,8 @@ def _load_data(config: RunConfig, task: Task, model: Pretrained | PretrainedDeco
         )
     rows = task.rows(config.data_dir, config.max_train_samples)
     encoded = {split: task.encode(part, model, config.max_length) for split, part in rows.items()}
-    few = task.encode(rows["train"].first(500), model, config.max_length)
+    few = rows["train"].first(task.scored_on(config.batch_size // (config.accumulate or 1), config.score_batches))
+    few = task.encode(few, model, config.max_length)
     for note in (note for split in ("train", *task.validation) for note in encoded[split].notes):
         say("data", note)
     validation = {split: encoded[split] for split in task.validation}

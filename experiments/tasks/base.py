@@ -67,6 +67,10 @@ class Task(Protocol):
         """Return the examples in a batch of an evaluation, for runs with `batch_size` in one of training."""
         ...
 
+    def scored_on(self, batch_size: int, batches: int) -> int:
+        """Return how many training examples, in so many batches, methods may measure on before training."""
+        ...
+
     def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Make a batch of `experiments.data.packing` into what `loss` and `outputs` take, on the host.
 

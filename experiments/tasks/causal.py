@@ -95,6 +95,10 @@ class Causal:
         """Return as many examples as are in a training batch."""
         return batch_size
 
+    def scored_on(self, batch_size: int, batches: int) -> int:
+        """Return as many as keep the batches as small as those of training, whose memory is known to suffice; at most 500."""
+        return min(500, batch_size * batches)
+
     def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return what the model takes of a batch of `experiments.data.packing`; see `finish`."""
         return finish(batch)

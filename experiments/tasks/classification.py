@@ -86,6 +86,10 @@ class Classification:
         """Return four times the examples of a training batch: no gradients are kept."""
         return 4 * batch_size
 
+    def scored_on(self, batch_size: int, batches: int) -> int:
+        """Return 500, as the DPLoRA paper does."""
+        return 500
+
     def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Scale the weights to mean 1, so that fillers do not dilute the mean loss of a batch."""
         return {**batch, "weights": batch["weights"] * (batch["weights"].size / batch["weights"].sum())}

@@ -55,6 +55,9 @@ class Counting:
     def evaluated_at_once(self, batch_size):
         return batch_size
 
+    def scored_on(self, batch_size, batches):
+        return 500
+
     def finish(self, batch):
         return {**batch, "weights": batch["weights"] / batch["weights"].mean()}
 
