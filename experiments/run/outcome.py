@@ -20,7 +20,7 @@ from experiments.tasks.base import Task
 from jaxprune import report
 from jaxprune.adapters import Adapters, Bottleneck, MaskedDora, merge, with_weights
 from jaxprune.methods import Method
-from jaxprune.models import Pretrained, PretrainedDecoder
+from jaxprune.models import EncoderConfig, Pretrained, PretrainedDecoder
 from jaxprune.peft import save_adapters, save_peft
 from jaxprune.sites import Site, flatten
 from jaxprune.surgery import extract
@@ -106,6 +106,7 @@ def _save(run: Finished) -> Saved:
     leaves = flatten(model.params)
     weights = {**{path: leaves[path] for path in model.initialised}, **run.state.weights}
     if any(isinstance(adapter, MaskedDora) for adapter in adapters.values()):
+        assert isinstance(model.config, EncoderConfig)
         small = extract(model.config, model.params, adapters, masks, weights=weights)
         params = merge(with_weights(small.params, small.weights), small.adapters, masks)
         _save_model(run, small.config, params, None)

@@ -232,7 +232,7 @@ def _stack(config: DecoderConfig, name: str, count: int) -> Any:
     if config.remat != "none":
         layer = nn.remat(Layer, policy=_POLICIES[config.remat], prevent_cse=False)
     axes: Any = (nn.broadcast, 0)
-    split = {"params": True, "dropout": True}
+    split: Any = {"params": True, "dropout": True}
     return nn.scan(layer, {"params": 0}, split_rngs=split, in_axes=axes, length=count)(config, name=name)
 
 
