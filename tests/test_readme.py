@@ -28,7 +28,10 @@ def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     assert set(adapter.rank for adapter in names["state"].adapters.values()) == {4}
 
 
-@pytest.mark.parametrize("command", ["experiments.glue", "experiments.bench", "experiments.compare"])
+@pytest.mark.parametrize(
+    "command",
+    ["experiments.glue", "experiments.alpaca", "experiments.mt_bench", "experiments.bench", "experiments.compare"],
+)
 def test_help_of_each_command_is_there(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command, "--help"])
     monkeypatch.setenv("GLIBC_TUNABLES", "x=1")  # or the command would start Python again

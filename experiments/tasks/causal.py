@@ -75,7 +75,9 @@ class Causal:
         found = instructions.generate()
         train = found["train"].first(_SHORT if most is None else most)
         if most is None:
-            note = f"the first {_SHORT:,} of {len(found['train']):,} rows, for a first run; --max-train-samples takes more"
+            note = (
+                f"the first {_SHORT:,} of {len(found['train']):,} rows, for a first run; --max-train-samples takes more"
+            )
             train = replace(train, notes=(*train.notes, note))
         return {**found, "train": train}
 
