@@ -84,7 +84,7 @@ class Common:
         "training", "split each batch into so many microbatches to save memory"
     )
     dtype: Literal["float32", "bfloat16"] | None = _flag(
-        "training", "what the model computes in; parameters stay float32"
+        "training", "what the model computes in; a decoder keeps its kernels so too, an encoder in float32"
     )
     remat: Annotated[str, OneOf(REMAT)] | None = _flag(
         "training", "what is computed again in the backward pass to save memory", of_task=True

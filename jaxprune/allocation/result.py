@@ -16,7 +16,7 @@ from jaxprune.sites import Site
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 100
+WIDTH = 80
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,7 +86,7 @@ class Plan:
         return figure
 
     def table(self) -> str:
-        """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 100 columns.
+        """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 80 columns where names can be shortened to that.
 
         Several sites of one type in one layer share a cell: `4+8`, or `sum 64` when there are more than two.
         """
