@@ -163,7 +163,7 @@ def load_writer(target: str | os.PathLike[str], *, model: str | os.PathLike[str]
     if part is None:
         loaded = load_decoder(target)
         return Writer(Writing(), loaded, {}, {}, load_tokenizer(loaded.source))
-    writing = _read(part / WRITING) if (part / WRITING).is_file() else Writing()
+    writing = read_writing(part / WRITING) if (part / WRITING).is_file() else Writing()
     own = (part / ADAPTERS).is_file()
     if not own and not (part / PEFT_CONFIG).is_file():
         loaded = load_decoder(part, dtype=jnp.dtype(writing.dtype))
@@ -179,7 +179,8 @@ def load_writer(target: str | os.PathLike[str], *, model: str | os.PathLike[str]
     return Writer(writing, loaded, adapters, masks, load_tokenizer(loaded.source))
 
 
-def _read(path: Path) -> Writing:
+def read_writing(path: Path) -> Writing:
+    """Read `generate.json`; a damaged one is a UsageError."""
     try:
         writing = Writing(**json.loads(path.read_text(encoding="utf-8")))
         form = writing.template
