@@ -230,12 +230,13 @@ def test_a_time_budget_adapts_upper_layers_only_and_saves_flops(deep, tmp_path):
     assert loaded.config.groups == (1,) * 6
     layers = {site.path: site.layer for site in loaded.sites()}
     flops, lowest = [], []
-    chosen: dict[str, dict[str, Any]] = {"lora": {"rank": 16}, "oplora": {"time_budget": 0.5}}
+    chosen: dict[str, dict[str, Any]] = {"lora": {"rank": 16}, "oplora": {"time_budget": 0.35}}
     for name, more in chosen.items():
         step, params, state, batch = first_step(deep, tmp_path / name, name, **more)
         flops.append(step.lower(params, state, batch).compile().cost_analysis()["flops"])
         lowest.append(min(layers[path] for path in state.adapters))
-    assert lowest[0] == 0 and lowest[1] >= 2
+    # The forward pass takes 0.15 of uniform rank 16, and each layer of the backward pass 0.055: no room below layer 3.
+    assert lowest[0] == 0 and lowest[1] >= 3
     assert flops[1] < 0.75 * flops[0]
 
 
