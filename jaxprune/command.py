@@ -26,7 +26,7 @@ from jaxprune.peft.names import CONFIG as PEFT_CONFIG
 from jaxprune.peft.own import ADAPTERS
 from jaxprune.runs import PREDICT, Reading, load_run, read_reading
 from jaxprune.sites import Site, find_sites, site_at, unflatten
-from jaxprune.writing import WRITING, load_writer
+from jaxprune.writing import WRITING, load_writer, read_writing
 
 _WIDTH = 80
 
@@ -195,7 +195,8 @@ def _own(folder: Path) -> list[str]:
 
     adapters, masks, weights = load_adapters(folder)
     kinds = Counter(type(adapter).__name__ for adapter in adapters.values())
-    base = read_reading(folder / PREDICT).base_model if (folder / PREDICT).is_file() else None
+    readers = {PREDICT: read_reading, WRITING: read_writing}
+    base = next((read(folder / name).base_model for name, read in readers.items() if (folder / name).is_file()), None)
     ranks, sites, rest = {}, [], sum(weight.size for weight in weights.values())
     for path, adapter in adapters.items():
         axes = getattr(adapter, "rank_axes", {})

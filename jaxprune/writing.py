@@ -19,9 +19,10 @@ from jaxprune.files import checked_path
 from jaxprune.models.decoder_weights import PretrainedDecoder, load_decoder
 from jaxprune.models.generate import Generator, Settings
 from jaxprune.models.tokenizer import Tokenizer, load_tokenizer
-from jaxprune.peft import load_peft
+from jaxprune.peft import load_adapters, load_peft
 from jaxprune.peft.load import read_folder
 from jaxprune.peft.names import CONFIG as PEFT_CONFIG
+from jaxprune.peft.own import ADAPTERS
 
 WRITING = "generate.json"
 
@@ -162,19 +163,24 @@ def load_writer(target: str | os.PathLike[str], *, model: str | os.PathLike[str]
     if part is None:
         loaded = load_decoder(target)
         return Writer(Writing(), loaded, {}, {}, load_tokenizer(loaded.source))
-    writing = _read(part / WRITING) if (part / WRITING).is_file() else Writing()
-    if not (part / PEFT_CONFIG).is_file():
+    writing = read_writing(part / WRITING) if (part / WRITING).is_file() else Writing()
+    own = (part / ADAPTERS).is_file()
+    if not own and not (part / PEFT_CONFIG).is_file():
         loaded = load_decoder(part, dtype=jnp.dtype(writing.dtype))
         return Writer(writing, loaded, {}, {}, load_tokenizer(loaded.source))
-    base = model or writing.base_model or read_folder(part)[0].get("base_model_name_or_path")
+    base = model or writing.base_model or (not own and read_folder(part)[0].get("base_model_name_or_path"))
     if not base:
         raise UsageError(f"{part} names no base model; pass model, the checkpoint that the adapters belong to")
     loaded = load_decoder(base, dtype=jnp.dtype(writing.dtype))
-    adapters, masks, _ = load_peft(part, loaded.sites(), torch_paths=loaded.torch_paths)
+    if own:
+        adapters, masks, _ = load_adapters(part)
+    else:
+        adapters, masks, _ = load_peft(part, loaded.sites(), torch_paths=loaded.torch_paths)
     return Writer(writing, loaded, adapters, masks, load_tokenizer(loaded.source))
 
 
-def _read(path: Path) -> Writing:
+def read_writing(path: Path) -> Writing:
+    """Read `generate.json`; a damaged one is a UsageError."""
     try:
         writing = Writing(**json.loads(path.read_text(encoding="utf-8")))
         form = writing.template

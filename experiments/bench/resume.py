@@ -62,12 +62,14 @@ def main(arguments: list[str]) -> None:
         )
 
 
-def kill_and_resume(config: ResumeConfig, flags: Sequence[str], folder: Path) -> dict[str, Any]:
+def kill_and_resume(
+    config: ResumeConfig, flags: Sequence[str], folder: Path, program: str = "experiments.glue"
+) -> dict[str, Any]:
     """Run once undisturbed, then kill and resume further runs until `config.kills` kills are done, comparing each."""
     rng = random.Random(config.seed)
     straight = folder / "straight"
     begun = time.perf_counter()
-    _life(config, flags, straight, "never", 0)
+    _life(config, flags, straight, "never", 0, program)
     lifetime = time.perf_counter() - begun
     expected = outcome(straight)
     died = dict.fromkeys(PLACES, 0)
@@ -80,7 +82,7 @@ def kill_and_resume(config: ResumeConfig, flags: Sequence[str], folder: Path) ->
             count = rng.randint(1, 4) if place in ("event", "after event", "save") else rng.randint(1, 12)
             if place == "moment":
                 count = int(1000 * lifetime * rng.random())
-            if _life(config, flags, killed, place, count):
+            if _life(config, flags, killed, place, count, program):
                 died[place] += 1
             whole_checkpoints(killed / "checkpoints")
         found = outcome(killed)
@@ -91,21 +93,21 @@ def kill_and_resume(config: ResumeConfig, flags: Sequence[str], folder: Path) ->
     return {"died": died, "runs": runs, "leaves": len(expected["arrays"]), "lines": len(expected["metrics"])}
 
 
-def _life(config: ResumeConfig, flags: Sequence[str], folder: Path, place: str, count: int) -> bool:
+def _life(config: ResumeConfig, flags: Sequence[str], folder: Path, place: str, count: int, program: str) -> bool:
     """Run until the end or the kill; return whether it was killed."""
     whole = [*flags, "--compact", "always", "--save-steps", str(config.save_steps), "--output-dir",
              str(folder), "--resume"]  # fmt: skip
-    code = "import sys; from experiments.bench.resume import live; live(sys.argv[1], int(sys.argv[2]), sys.argv[3:])"
+    code = "import sys; from experiments.bench.resume import live; live(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])"
     process = stopping.run(
-        [sys.executable, "-c", code, place, str(count), *whole], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, program, place, str(count), *whole], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     if process.returncode not in (0, -signal.SIGKILL):
         raise UsageError(f"a run ended with status {process.returncode}: {process.stderr.strip()[-800:]}")
     return process.returncode != 0
 
 
-def live(place: str, count: int, arguments: list[str]) -> None:
-    """Run `experiments.glue` in this process, and die by SIGKILL at the `count`-th time at `place`."""
+def live(program: str, place: str, count: int, arguments: list[str]) -> None:
+    """Run a program in this process, and die by SIGKILL at the `count`-th time at `place`."""
     left = count
 
     def passing(here: str) -> bool:
@@ -141,7 +143,7 @@ def live(place: str, count: int, arguments: list[str]) -> None:
     # The checkpoint is written in the background from here on; most take some hundredths of a second.
     Checkpoints.save = around(Checkpoints.save, "save", after=True, delay=1e-4 + 0.03 * (count % 4))
     one.Recorder.log = around(one.Recorder.log, "step", after=False)
-    loop.run(parse_run(arguments, "experiments.glue"))
+    loop.run(parse_run(arguments, program))
     os._exit(0)  # a timer may still be waiting
 
 

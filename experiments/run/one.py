@@ -28,7 +28,9 @@ from jaxprune import methods, report
 from jaxprune.adapters import Adapters, Masks, init_weights
 from jaxprune.allocation import Plan
 from jaxprune.checkpoint import Checkpoints
+from jaxprune.errors import UsageError
 from jaxprune.files import write_whole
+from jaxprune.models import Pretrained
 from jaxprune.train import TrainState, compacted, init_state, make_step
 
 HEAD = r"^head/"
@@ -82,6 +84,10 @@ class Run:
         self.train, self._waits, self._compact = loaded.data.train, Waits(), compact or config.compact or "auto"
         self.steps = total_steps(config, self.train.steps_per_epoch)
         self._every = config.eval_steps or self.train.steps_per_epoch
+        if "channels" in config.entry.settings and not isinstance(loaded.model, Pretrained):
+            raise UsageError(
+                f"--method {config.method} takes channels out of encoders, and {config.model} is a decoder; choose another method"
+            )
         heads = loaded.model.config.num_heads
         check_sites(loaded.sites, method_settings(config, self.steps, heads))
         self.method = make_method(config, self.steps, heads)

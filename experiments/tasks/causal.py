@@ -90,7 +90,10 @@ class Causal:
 
         A response is cut where `max_length` ends. A prompt that fills it alone leaves nothing to predict: it is left out.
         """
-        encoded = encode(rows, load_tokenizer(model.source), self.template, max_length)
+        tokenizer = load_tokenizer(model.source)
+        if TEMPLATES[self.template] is None and not tokenizer.inner.chat_template:
+            raise UsageError(f"{tokenizer.origin} has no chat template; give --template {Causal.template}")
+        encoded = encode(rows, tokenizer, self.template, max_length)
         if (largest := int(encoded.ids.max())) >= model.config.vocab_size:
             raise UsageError(
                 f"the tokenizer of {str(model.folder)!r} makes token {largest}, where the model has "

@@ -26,6 +26,8 @@ from jaxprune.methods.registry import register
 Reduction = Annotated[float, Range(1)]
 Activation = Annotated[str, OneOf(tuple(ACTIVATIONS))]
 
+_IN_DECODERS = {"out": "o_proj", "fc2": "down_proj"}
+
 
 @register(paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP")
 def houlsby(
@@ -33,7 +35,7 @@ def houlsby(
     reduction: Reduction = 16.0,
     width: Rank | None = None,
     activation: Activation = "gelu",
-    types: Sequence[str] = ("out", "fc2"),
+    types: Sequence[str] | None = None,
 ) -> Method:
     """Train a bottleneck after each attention and each MLP.
 
@@ -41,9 +43,10 @@ def houlsby(
       reduction: outputs of a site for each unit of its bottleneck; 16 makes 48 units of 768.
       width: units at every site, instead of `reduction`.
       activation: `gelu`, `relu`, `silu` or `tanh`.
-      types: types of the sites that end the attention and the MLP; `("o_proj", "down_proj")` in decoders.
+      types: types of the sites that end the attention and the MLP; None for `out` and `fc2`, or in decoders `o_proj` and
+        `down_proj`.
     """
-    return _bottleneck("houlsby", reduction, width, activation, types)
+    return _bottleneck("houlsby", reduction, width, activation, types, ("out", "fc2"))
 
 
 @register(paper="Pfeiffer et al. 2021, AdapterFusion")
@@ -52,7 +55,7 @@ def pfeiffer(
     reduction: Reduction = 16.0,
     width: Rank | None = None,
     activation: Activation = "relu",
-    types: Sequence[str] = ("fc2",),
+    types: Sequence[str] | None = None,
 ) -> Method:
     """Train a bottleneck after each MLP.
 
@@ -60,14 +63,18 @@ def pfeiffer(
       reduction: outputs of a site for each unit of its bottleneck; 16 makes 48 units of 768.
       width: units at every site, instead of `reduction`.
       activation: `gelu`, `relu`, `silu` or `tanh`.
-      types: types of the sites that end the MLP; `("down_proj",)` in decoders.
+      types: types of the sites that end the MLP; None for `fc2`, or in decoders `down_proj`.
     """
-    return _bottleneck("pfeiffer", reduction, width, activation, types)
+    return _bottleneck("pfeiffer", reduction, width, activation, types, ("fc2",))
 
 
-def _bottleneck(name: str, reduction: float, width: int | None, activation: str, types: Sequence[str]) -> Method:
+def _bottleneck(
+    name: str, reduction: float, width: int | None, activation: str, given: Sequence[str] | None, ends: Sequence[str]
+) -> Method:
     def start(context: Context) -> Start:
         known = {site.type for site in context.sites}
+        decoder = "down_proj" in known
+        types = [_IN_DECODERS[end] if decoder else end for end in ends] if given is None else given
         for kind in types:
             if kind not in known:
                 raise UsageError(

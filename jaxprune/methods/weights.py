@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from jaxprune.adapters import init_weights
-from jaxprune.methods.base import Method, Start
+from jaxprune.errors import UsageError
+from jaxprune.methods.base import Context, Method, Start
 from jaxprune.methods.registry import register
+from jaxprune.sites import flatten
 
 
 @register(
@@ -19,8 +23,16 @@ def full() -> Method:
 
 @register(paper="Ben Zaken et al. 2022, BitFit")
 def bitfit() -> Method:
-    """Train the bias of every layer and of every normalisation, and nothing else."""
+    """Train the bias of every layer and of every normalisation, and nothing else.
+
+    Raises (by `start`):
+      UsageError: the model has none.
+    """
     biases = r"(^|/)bias$"
-    return Method(
-        lambda context: Start({}, init_weights(context.params, biases), {}, None, context.params), name="bitfit"
-    )
+
+    def start(context: Context) -> Start:
+        if not any(re.search(biases, path) for path in flatten(context.params)):
+            raise UsageError("the model has no biases, and BitFit trains nothing else; choose another method")
+        return Start({}, init_weights(context.params, biases), {}, None, context.params)
+
+    return Method(start, name="bitfit")
