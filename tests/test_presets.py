@@ -120,12 +120,18 @@ def picked(row, names):
     return {setting: row[printed] for setting, printed in names.items()}
 
 
+# The rule of the paper, where the default is another.
+RULE = {"basis": "trained", "loss": "importance"}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_main_tables(task):
     row = down(TABLE_9)[task]
     oplora = {**picked(row, LONG), "budget": 2.5e6 / 2}  # printed with each parameter counted twice
     assert preset("paper", "oplora", task) == oplora
-    assert preset("paper", "dplora", task) == {**oplora, **picked(row, PRUNED), "events": 10, "prune_ratio": 0.6}
+    assert preset("paper", "dplora", task) == {
+        **oplora, **picked(row, PRUNED), **RULE, "events": 10, "prune_ratio": 0.6
+    }  # fmt: skip
     full = {"weight_decay": 0.1, "max_grad_norm": None, "max_length": 128}
     assert preset("paper", "full", task) == {**picked(down(TABLE_11)[task], SHORT), **full}
 
@@ -137,7 +143,7 @@ def test_the_tables_of_the_short_runs(task):
     assert preset("efficiency", "lora", task) == lora
     assert preset("efficiency", "oplora", task) == {**lora, "budget": row["Budget"] / 2}
     pruned = {"budget": row["Budget"] / 2, "events": row["Pruning Steps"], "recovery_steps": row["Recovery Steps"]}
-    assert preset("efficiency", "dplora", task) == {**lora, **pruned}
+    assert preset("efficiency", "dplora", task) == {**lora, **pruned, **RULE}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -150,7 +156,7 @@ def test_the_released_scripts(task):
     assert preset("released", "oplora", task) == oplora
     pruned = picked(row, dict(ema_decay="beta", momentum="gamma", stability="delta", recovery_steps="recovery"))
     fixed = {"prune_ratio": 0.6, "events": 10, "importance": "samples", "scaling": "grow"}
-    assert preset("released", "dplora", task) == {**oplora, **pruned, **fixed}
+    assert preset("released", "dplora", task) == {**oplora, **pruned, **fixed, **RULE}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -276,6 +282,7 @@ def test_table_15(column, method):
     assert {name: found[name] for name in expected} == expected
     assert {NAMED[row] for row, text in printed.items() if text == "-"}.isdisjoint(config.settings)
     assert config.settings.get("rank") == (8 if method == "lora" else None)
+    assert method != "dplora" or RULE.items() <= config.settings.items()
 
 
 @pytest.mark.parametrize("method", ["oplora", "dplora"])
@@ -290,6 +297,7 @@ def test_the_released_scripts_for_decoders(size, method):
     assert {name: found[name] for name in expected} == expected
     assert (found["schedule"], found["max_length"], found["score"]) == ("cosine", 512, "squared")
     assert method == "oplora" or (found["target"], found["events"]) == (0.6, 10)
+    assert method == "oplora" or RULE.items() <= found.items()
 
 
 @pytest.mark.parametrize(("layers", "heads", "parameters"), [(6, 12, 165_888), (12, 12, 331_776)])

@@ -42,6 +42,9 @@ _SHORT: dict[str, Any] = dict(
 _SHORT_RATE = (2e-4, 2e-4, 2e-4, 2e-4, 1e-4, 1e-4, 1e-4, 1e-4)
 _SHORT_BUDGET = (625_000, 1_125_000, 1_250_000, 875_000, 375_000, 375_000, 600_000, 500_000)
 
+# What is pruned, and by what, in the paper and in the released code.
+_RULE: dict[str, Any] = dict(basis="trained", loss="importance")
+
 # Table 15: batches of 2, 16 of which make a step. The cosine is the released scripts', as the paper names no schedule.
 _ALPACA: dict[str, Any] = dict(
     batch_size=32,
@@ -61,7 +64,7 @@ _ALPACA_BUDGET = 20_000_000
 def _released_alpaca(pruned: dict[str, Any], **shared: Any) -> dict[str, dict[str, dict[str, Any]]]:
     """Return what the released scripts set for one size of Llama; `pruned` for the method that prunes alone."""
     shared |= dict(schedule="cosine", max_length=512, score="squared", train_head=False)
-    pruned |= dict(prune_ratio=0.6, events=10, importance="samples", scaling="grow")
+    pruned |= dict(**_RULE, prune_ratio=0.6, events=10, importance="samples", scaling="grow")
     return {"oplora": table(("alpaca",), **shared), "dplora": table(("alpaca",), **shared, **pruned)}
 
 
@@ -72,6 +75,7 @@ PRESETS = {
         "dplora": {
             **table(
                 **_OPLORA,
+                **_RULE,
                 events=10,
                 prune_ratio=0.6,
                 ema_decay=(0.054, 0.06, 0.814, 0.976, 0.879, 0.596, 0.054, 0.501),
@@ -82,6 +86,7 @@ PRESETS = {
                 ("alpaca",),
                 **_ALPACA,
                 budget=_ALPACA_BUDGET,
+                **_RULE,
                 events=10,
                 prune_ratio=0.8,
                 ema_decay=0.015,
@@ -111,6 +116,7 @@ PRESETS = {
             **_SHORT,
             learning_rate=_SHORT_RATE,
             budget=_SHORT_BUDGET,
+            **_RULE,
             events=(10, 10, 10, 10, 5, 5, 5, 5),
             recovery_steps=(500, 500, 500, 500, 100, 100, 100, 100),
         ),
@@ -124,6 +130,7 @@ PRESETS = {
         "oplora": table(**_RELEASED),
         "dplora": table(
             **_RELEASED,
+            **_RULE,
             prune_ratio=0.6,
             events=10,
             ema_decay=(0.041, 0.202, 0.530, 0.976, 0.396, 0.744, 0.030, 0.979),

@@ -10,8 +10,9 @@ the present rank of site l and its gradients dA_l, dB_l:
 
 and every site keeps its r_l components of largest |A_j| |B_j|. What is pruned stays exactly zero.
 
-Two settings go beyond the paper, whose rule takes the components of a site in the basis they happen to be in, and all of them as
-worth the same:
+That is `basis="trained", loss="importance"`, which the presets of the paper have. It takes the components of a site in the basis
+they happen to be in, and all of them as worth the same. The defaults go beyond it, because they keep the score where it loses
+several points (README):
 
 - `basis="svd"` brings every site into its SVD basis first, moments too (`jaxprune.surgery.rotation`), so that its components are
   orthogonal, and what goes with the last of them is the least that can.
@@ -102,13 +103,13 @@ def dplora(
     stop: Annotated[float, Range(above=0, high=1)] = 1.0,
     recovery_steps: Annotated[int, Range(0, MOST_STEPS)] | None = None,
     schedule: Annotated[str, OneOf(tuple(BUDGETS))] | Schedule = "bezier",
-    basis: Annotated[str, OneOf(BASES)] = "trained",
-    loss: Annotated[str, OneOf(LOSSES)] = "importance",
-    ema_decay: Share = 0.9,
+    basis: Annotated[str, OneOf(BASES)] = "svd",
+    loss: Annotated[str, OneOf(LOSSES)] = "components",
+    ema_decay: Share | None = None,
     momentum: NotNegative | None = None,
     stability: NotNegative | None = None,
-    importance: Annotated[str, OneOf(IMPORTANCES)] = "training",
-    norm: Annotated[str, OneOf(NORMS)] = "rms",
+    importance: Annotated[str, OneOf(IMPORTANCES)] | None = None,
+    norm: Annotated[str, OneOf(NORMS)] | None = None,
     scaling: Annotated[str, OneOf(SCALINGS)] = "constant",
     solver: Solver = "auto",
     time_limit: Seconds = 60.0,
@@ -125,14 +126,15 @@ def dplora(
       stop: share of the run in which the events lie, so that 0.7 leaves more than the last 30 % to recover; 1 in the paper.
       recovery_steps: steps without an event after one; None for half an interval, at most 100.
       schedule: how the budget falls: `bezier`, `linear`, `early`, or a function from progress to the share of the pruning done.
-      basis: judge and keep components of the `trained` factors, or of each site's singular value decomposition (`svd`).
-      loss: what ranks are worth: by the `importance` of their site, as in the paper, or by the sizes of their `components`, or by
-        the `fisher` information of each.
-      ema_decay: weight of what was measured at earlier events; 0 for the latest measurement alone.
+      basis: judge and keep components of each site's singular value decomposition (`svd`), or of the factors as they were
+        `trained`, as in the paper.
+      loss: what ranks are worth: by the sizes of their `components`, by the `fisher` information of each, or by the `importance`
+        of their site, as in the paper.
+      ema_decay: of `importance`: weight of what was measured at earlier events (0.9); 0 for the latest measurement alone.
       momentum: price of a lost rank, 0 for none; None for 0.1, or 0 where components have values of their own.
       stability: reward for leaving a site as it is; None for 0.05, or 0 likewise.
-      importance: measure on the gradients of `training`, or on single `samples` at every event as the released code.
-      norm: how gradients are measured: `rms` as the released code does, or `frobenius` as eq. 6 is printed.
+      importance: measured on the gradients of `training`, the usual, or on single `samples` at every event as the released code.
+      norm: how gradients are measured for it: `rms` as the released code does, the usual, or `frobenius` as eq. 6 is printed.
       scaling: as ranks fall, `constant` keeps s, and `grow` keeps alpha, so that s grows.
       solver: what solves for the ranks at events; `auto` is the fastest that is installed.
       time_limit: seconds the solver may take at an event; then its best plan so far is used, and said to be so.
@@ -142,6 +144,13 @@ def dplora(
         types of sites cannot all keep a rank within the last budget.
     """
     first, share, rescale = _begun(first), _share(schedule), scaling == "grow"
+    of_importance = {"ema_decay": ema_decay, "importance": importance, "norm": norm}
+    if loss != "importance" and (given := [name for name, value in of_importance.items() if value is not None]):
+        raise UsageError(
+            f"{given[0]} {of_importance[given[0]]} is a setting of loss=importance, and loss is {loss}; give loss=importance, or "
+            f"leave {given[0]} out"
+        )
+    ema_decay, importance, norm = 0.9 if ema_decay is None else ema_decay, importance or "training", norm or "rms"
     usual = (0.1, 0.05) if loss == "importance" else (0.0, 0.0)
     momentum = usual[0] if momentum is None else momentum
     stability = usual[1] if stability is None else stability

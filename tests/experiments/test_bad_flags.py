@@ -249,7 +249,7 @@ ACCEPTED = {
     "a shared pair above all kernels": "--method vera --max-steps 1 --rank 512",
     "sharing from the first change on": "--method loradrop --max-steps 2 --warmup 1",
     "early pruning events": (
-        "--method dplora --max-steps 6 --events 2 --recovery-steps 0 --momentum 0 --stability 0 --ema-decay 0 "
+        "--method dplora --max-steps 6 --events 2 --recovery-steps 0 --momentum 0 --stability 0 --loss importance --ema-decay 0 "
         "--prune-ratio 0 --warmup 0 --time-budget 1"
     ),
 }  # fmt: skip

@@ -21,7 +21,9 @@ SETTINGS = dict(total_steps=24, events=3, target=0.7)
 
 
 def dplora(ranks=range(5), **settings):
-    return jp.dplora(jp.oplora(budget=240, ranks=ranks, solver="DP"), **{**SETTINGS, **settings})
+    """The paper's rule, unless the settings say otherwise."""
+    rule = dict(basis="trained", loss="importance")
+    return jp.dplora(jp.oplora(budget=240, ranks=ranks, solver="DP"), **{**SETTINGS, **rule, **settings})
 
 
 def loss_fn(apply, batch, key):
@@ -393,11 +395,36 @@ def test_another_schedule_prunes_at_another_pace():
         (dict(norm="l1"), "expected one of rms, frobenius"),
         (dict(recovery_steps=6), "recovery of 6 steps does not fit between events 6 steps apart"),
         (dict(importance="gradient"), "expected one of training, samples"),
+        (
+            dict(loss="components", norm="rms"),
+            "norm rms is a setting of loss=importance, and loss is components; give loss",
+        ),
+        (dict(loss="fisher", ema_decay=0.0), "ema_decay 0.0 is a setting of loss=importance"),
+        (dict(loss="components", importance="samples"), "importance samples is a setting of loss=importance"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):
     with pytest.raises(jp.UsageError, match=said):
         dplora(**settings)
+
+
+def test_components_of_the_svd_basis_unless_the_paper_is_asked_for():
+    params, _, forward, context, batch = world()
+    ends = []
+    for settings in ({}, dict(basis="svd", loss="components"), dict(basis="trained", loss="importance")):
+        method, optimizer = (
+            jp.dplora(jp.oplora(budget=240, ranks=range(5), solver="DP"), **SETTINGS, **settings),
+            optax.adamw(1e-2),
+        )
+        start = method.start(context)
+        state = jp.init_state(jax.random.key(4), start.adapters, start.masks, optimizer, method)
+        step = jp.make_step(forward, loss_fn, optimizer, method)
+        for _ in range(24):
+            state, _ = step(params, state, batch)
+            state, _ = jp.prune(state, method, optimizer, context)
+        ends.append(state.adapters)
+    jax.tree.map(np.testing.assert_array_equal, ends[0], ends[1])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[2]), strict=True))
 
 
 def test_a_target_that_leaves_no_rank_for_a_type_is_refused_before_training():
