@@ -86,7 +86,7 @@ class Plan:
         return figure
 
     def table(self) -> str:
-        """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; at most 80 columns where names can be shortened to that.
+        """Lay the ranks out as text, layers down and types across, `.` for 0, with totals; 80 columns if short names allow.
 
         Several sites of one type in one layer share a cell: `4+8`, or `sum 64` when there are more than two.
         """
