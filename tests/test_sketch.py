@@ -26,7 +26,11 @@ def dense(apply, params, sites, batches):
     """Return the mean gradient of every site's kernel as a float64 matrix."""
     grad = jax.jit(jax.grad(lambda p, batch: loss_fn(lambda x: apply(p, x), batch, None)))
     flat = [flatten(grad(params, batch)) for batch in batches]
-    leaf = lambda tree, s: layer_of(tree[leaf_at(tree, s.path)], s.index).reshape(s.d_in, s.d_out)  # noqa: E731
+
+    def leaf(tree, s):
+        path, index = leaf_at(tree, s.path)
+        return layer_of(tree[path], index).reshape(s.d_in, s.d_out)
+
     return {s.path: np.mean([np.asarray(leaf(tree, s), np.float64) for tree in flat], axis=0) for s in sites}
 
 

@@ -476,7 +476,7 @@ NAMES = {
     "a space": (" ", r"--model ' ' cannot be used; expected a text"),
     "here": (".", r"\. has no config.json"),
     "the root": ("/", r"/ has no config.json"),
-    "a file": ("data/train.jsonl", r"'data/train.jsonl' is a file; expected the folder"),
+    "a file": ("data/train.jsonl", r"'data/train.jsonl' is a file; expected a GGUF file, or the folder"),
 }
 
 

@@ -26,6 +26,7 @@ from experiments.tasks import causal, get_task
 from jaxprune.errors import UsageError
 from jaxprune.models.decoder_config import DecoderConfig
 from jaxprune.models.decoder_weights import init_decoder
+from jaxprune.models.tokenizer import load_tokenizer
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \
@@ -347,7 +348,8 @@ def tiny_decoder(tokenizer, tmp_path_factory):
         tied=True,
     )
     params = init_decoder(dataclasses.replace(config, initializer_range=0.3))[1]
-    causal.Causal("x").save(folder / "model", config, params, folder / "words", {"README.md": b"x"})
+    beside = {**load_tokenizer(folder / "words").files(), "README.md": b"x"}
+    causal.Causal("x").save(folder / "model", config, params, beside)
     return folder / "model"
 
 
@@ -402,8 +404,6 @@ def test_what_is_needed_to_generate_is_left_behind():
     said = json.loads(task.reading("base", 256, "bfloat16")["generate.json"])
     text = said["template"]["with_input"].replace("{instruction}", "Sort {x}.").replace("{input}", "b, a")
     assert text == WITH_INPUT and (said["base_model"], said["max_length"], said["dtype"]) == ("base", 256, "bfloat16")
-    assert (
-        json.loads(causal.Causal("x", template="chat").reading(None, 9, "float32")["generate.json"])["template"]
-        == "chat"
-    )
+    chat = json.loads(causal.Causal("x", template="chat").reading(None, 9, "float32")["generate.json"])
+    assert chat["template"] is None  # the tokenizer's own
     assert set(TEMPLATES) == {"alpaca", "chat"}

@@ -21,12 +21,8 @@ ONES = {
     "lora": [dict(seed=seed, dropout=0.1) for seed in (1, 2, 3)],
     # Their plans differ, so that each needs room for the others' ranks; events decide with what each has measured.
     "dplora": [dict(seed=seed, gain="energy", **EVENTS) for seed in (1, 2)],
-    # Ranks as masks of the largest.
-    "oplora": [dict(seed=seed, budget=budget) for seed, budget in ((1, 900), (2, 1800))],
     # Its factors come out of the kernels, which are then no longer shared; and its ranks differ.
     "pissa": [dict(seed=1, rank=2), dict(seed=2, rank=4)],
-    # What it trains beside the adapters is of the model; it measures in a probe, in some steps alone.
-    "g2r2": [dict(seed=seed, interval=3, g2r2_warmup=2, progressive=12) for seed in (1, 2)],
 }
 
 
@@ -67,10 +63,9 @@ def test_each_run_is_as_if_alone(method, tiny_bert, tmp_path, capsys):
         np.testing.assert_allclose(load_run(ours_at).logits(text), load_run(alone_at).logits(text), atol=1e-4)
     seeds = losses([outcome(ours_at) for ours_at, _ in folders])
     assert len(seeds[0]) == 20 and seeds[0] != seeds[1], "each run has its own"
-    if method in ("dplora", "g2r2"):
+    if method == "dplora":
         kept = [[event["params_after"] for event in summary["events"]] for summary in summaries]
         assert all(kept) and (kept[0], summaries[0]["ranks"]) != (kept[1], summaries[1]["ranks"])
-    if method == "dplora":
         assert summaries[0]["ranks_at_start"] != summaries[1]["ranks_at_start"]
     total = [summary["seconds"]["total"] for summary in summaries]
     assert total == sorted(total) and "seconds are the share of each" in capsys.readouterr().out
