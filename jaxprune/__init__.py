@@ -39,7 +39,8 @@ The rooms, each with a docstring of its own:
 
 On the command line, `python -m jaxprune inspect FOLDER` says what lies in
 a folder, `merge` makes adapters and their model an ordinary checkpoint,
-and `resize` lowers an adapter to a budget.
+`resize` lowers an adapter to a budget, and `generate` writes with a
+decoder.
 """
 
 from types import ModuleType as _ModuleType

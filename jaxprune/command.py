@@ -1,4 +1,4 @@
-"""The command line, `python -m jaxprune`: look into folders of adapters, runs and models, and merge or resize adapters.
+"""The command line, `python -m jaxprune`: look into adapters, runs and models, merge or resize adapters, and write.
 
 Wrong input is one line on standard error and status 2.
 """

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 import jaxprune as jp
@@ -223,4 +222,4 @@ def test_importing_jaxprune_stays_light():
 
 
 def test_ids_of_the_tiny_tokenizer(model):
-    assert load_tokenizer(model).encode("w7 user </s>") == ids("w7 user </s>") and np.asarray(ids("w9")).tolist() == [9]
+    assert load_tokenizer(model).encode("w7 user </s>") == ids("w7 user </s>")
